@@ -1,0 +1,1 @@
+"""Device side of Shoal: an agent runs its piece of a plan and talks MQTT."""

@@ -1,0 +1,1 @@
+"""Microcontroller side of Shoal: build, size, flash and emulate firmware."""
