@@ -1,1 +1,1 @@
-"""The contract that exporter, agents and firmware share: fleets, plans, manifests, messages, scores."""
+"""The contract of exporter, agents and firmware: fleet, plan, manifest, messages, scores."""

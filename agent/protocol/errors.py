@@ -60,7 +60,7 @@ class BundleMismatch(ShoalError):
 
 
 class ScoreError(ShoalError):
-    """Scores that no probability rule can read: NaN, negative, one class, rows that do not sum to 1."""
+    """Scores that are no probabilities: NaN, negative, one class, rows that do not sum to 1."""
 
 
 class WireError(ShoalError):

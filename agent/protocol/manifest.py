@@ -1,0 +1,263 @@
+"""manifest.json: what is in a bundle, how its pieces were verified, what they cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from .errors import BundleMismatch, ManifestError
+from .messages import Hex32
+from .plan import Contract, Name, Piece, Plan
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Artifact(Contract):
+    """One file of the bundle. `path` is relative to the bundle, with forward slashes."""
+
+    path: str
+    sha256: Sha256
+    size_bytes: Count
+
+    @model_validator(mode="after")
+    def _stays_inside(self) -> Self:
+        path = PurePosixPath(self.path)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in self.path:
+            raise ValueError(f"path {self.path!r} must stay inside the bundle")
+        return self
+
+
+class TensorSpec(Contract):
+    """An input or output of a piece's .tflite: real = scale * (stored - zero_point) for int8.
+
+    Attributes:
+        shape: With the batch axis, always 1.
+    """
+
+    name: str
+    shape: tuple[Annotated[int, Field(gt=0)], ...]
+    dtype: Literal["int8", "float32"]
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    zero_point: int = 0
+
+
+class FrameSpec(Contract):
+    """The raw frame that a sensor or an asker gives, and how a piece takes it.
+
+    A piece's real-valued input is frame * scale + offset, per channel of the last axis.
+
+    Attributes:
+        shape: Without the batch axis.
+        scale, offset: One number, or one a channel.
+    """
+
+    shape: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
+    dtype: Literal["uint8", "float32"]
+    scale: tuple[float, ...] = Field(min_length=1)
+    offset: tuple[float, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _broadcasts(self) -> Self:
+        for what, values in (("scale", self.scale), ("offset", self.offset)):
+            if len(values) not in (1, self.shape[-1]):
+                raise ValueError(f"{what} has {len(values)} entries for {self.shape[-1]} channels")
+        return self
+
+
+class RuntimeCheck(Contract):
+    """A piece's outputs under one runtime against the LiteRT reference kernels.
+
+    Attributes:
+        ties: Samples whose two best outputs lie so close that either may win.
+    """
+
+    runtime: str
+    samples: Count
+    max_difference_lsb: Annotated[float, Field(ge=0)]
+    identical: Annotated[float, Field(ge=0, le=1)]
+    same_argmax: Annotated[float, Field(ge=0, le=1)]
+    ties: Count
+
+
+class Estimate(Contract):
+    """Counted from the network's graph, not measured: see exporter/cost.
+
+    Attributes:
+        macs: Multiply-accumulates of one inference.
+        peak_activation_bytes: Largest sum of tensors alive at once.
+        message_bytes: Payload of the message that the piece sends per inference.
+    """
+
+    parameters: Count
+    macs: Count
+    weight_bytes: Count
+    peak_activation_bytes: Count
+    message_bytes: Count
+
+
+class PieceEntry(Contract):
+    """One piece's files and facts.
+
+    Attributes:
+        model: The .tflite that the agent loads.
+        files: What else was written for it (C array, sample main).
+        arena_bytes: Measured TFLite-Micro arena on a 64-bit host, an upper bound for a 32-bit
+            target; None where TFLite-Micro was not available or cannot run the piece.
+    """
+
+    name: Name
+    model: Artifact
+    files: tuple[Artifact, ...] = ()
+    input: TensorSpec
+    output: TensorSpec
+    operators: tuple[str, ...]
+    estimated: Estimate
+    arena_bytes: Count | None
+    verification: tuple[RuntimeCheck, ...]
+
+
+class Figure(Contract):
+    """One number about the bundle, and where it comes from."""
+
+    value: float
+    unit: str
+    origin: Literal["measured", "estimated"]
+    note: str = ""
+
+
+class Manifest(Contract):
+    """The index of a bundle.
+
+    Attributes:
+        plan_id: First 32 bits of the SHA-256 over plan, frame and piece hashes: two bundles that
+            could decide differently never share it.
+        fleet: The bundle's copy of the fleet file.
+    """
+
+    format: Literal[1] = 1
+    shoal: str
+    plan_id: Hex32
+    plan: Plan
+    frame: FrameSpec
+    fleet: Artifact
+    pieces: tuple[PieceEntry, ...]
+    figures: dict[str, Figure] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _matches_plan(self) -> Self:
+        planned = {piece.name for piece in self.plan.pieces}
+        listed = [entry.name for entry in self.pieces]
+        if set(listed) != planned or len(listed) != len(planned):
+            raise ValueError(f"pieces {listed} are not the plan's {sorted(planned)}")
+        if self.plan_id != plan_id(self.plan, self.frame, self.pieces):
+            raise ValueError("plan_id does not belong to this plan and these pieces")
+        return self
+
+    def entry(self, piece: str) -> PieceEntry:
+        """The entry of this piece."""
+        return next(entry for entry in self.pieces if entry.name == piece)
+
+    def pieces_of(self, device: str) -> tuple[Piece, ...]:
+        """The pieces that a device runs, over all strategies."""
+        names = {
+            node.piece
+            for strategy in self.plan.strategies
+            for node in strategy.nodes
+            if node.device == device
+        }
+        return tuple(piece for piece in self.plan.pieces if piece.name in names)
+
+
+def plan_id(plan: Plan, frame: FrameSpec, pieces: Iterable[PieceEntry]) -> str:
+    """Eight hex digits that stand for a plan, its frame and its trained pieces."""
+    digest = hashlib.sha256(canonical_json(plan.model_dump(mode="json")))
+    digest.update(canonical_json(frame.model_dump(mode="json")))
+    for entry in sorted(pieces, key=lambda entry: entry.name):
+        digest.update(f"{entry.name}={entry.model.sha256};".encode())
+    return digest.hexdigest()[:8]
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON bytes that depend on the value alone: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode()
+
+
+def artifact(bundle: Path, path: Path) -> Artifact:
+    """Describe a file of a bundle as it is on disk."""
+    content = path.read_bytes()
+    return Artifact(
+        path=path.relative_to(bundle).as_posix(),
+        sha256=hashlib.sha256(content).hexdigest(),
+        size_bytes=len(content),
+    )
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> Path:
+    """Write manifest.json into a bundle folder, indented for people."""
+    target = bundle / FILE_NAME
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    target.write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+def read_manifest(bundle: Path | str) -> Manifest:
+    """Read a bundle's manifest.
+
+    Raises:
+        ManifestError: no such file, not JSON, of another version, or contradicting itself.
+    """
+    path = Path(bundle) / FILE_NAME
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ManifestError(
+            f"{path}: cannot be read: {error.strerror}",
+            "name a bundle folder that `shoal export ... -o FOLDER` wrote",
+        ) from None
+    except ValueError as error:
+        raise ManifestError(f"{path}: not JSON: {error}", "export the bundle again") from None
+    version = data.get("format") if isinstance(data, dict) else None
+    if version != FORMAT:
+        raise ManifestError(
+            f"{path}: manifest format {version!r}, this version of shoal reads {FORMAT}",
+            "use the shoal version that wrote it, or export the bundle again",
+        )
+    try:
+        return Manifest.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
+        raise ManifestError("\n".join(lines), "export the bundle again") from None
+
+
+def check_files(bundle: Path | str, artifacts: Iterable[Artifact]) -> None:
+    """Check that files are there and unaltered.
+
+    Raises:
+        BundleMismatch: lists every file that is missing or whose hash differs.
+    """
+    findings = []
+    for item in artifacts:
+        path = Path(bundle) / item.path
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            findings.append(f"{path}: cannot be read: {error.strerror}")
+            continue
+        found = hashlib.sha256(content).hexdigest()
+        if found != item.sha256:
+            findings.append(
+                f"{path}: altered: SHA-256 {found[:12]}..., manifest says {item.sha256[:12]}..."
+            )
+    if findings:
+        raise BundleMismatch("\n".join(findings), "copy the bundle again, or export it anew")

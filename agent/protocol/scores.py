@@ -1,0 +1,146 @@
+"""What a vector of logits says: probabilities, normalized entropy, an answer or "don't know".
+
+One definition for exporter, agent and firmware: thresholds are calibrated with these functions and
+applied with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import ScoreError
+from .plan import AnswerRule
+
+SUM_TOLERANCE = 1e-3
+
+
+def softmax(logits: ArrayLike) -> NDArray[np.float32]:
+    """Probabilities of each row of logits.
+
+    Args:
+        logits: (N, C) or (C,) real numbers, finite.
+
+    Returns:
+        Same shape, float32, each row sums to 1.
+
+    Raises:
+        ScoreError: an entry is NaN or infinite.
+    """
+    values = np.asarray(logits, np.float64)
+    if not np.isfinite(values).all():
+        raise ScoreError("logits hold NaN or infinite entries: the piece's output is not usable")
+    exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
+    p: NDArray[np.float32] = (exponentials / exponentials.sum(axis=-1, keepdims=True)).astype("f4")
+    return p
+
+
+def normalized_entropy(probabilities: ArrayLike) -> NDArray[np.float32]:
+    """How unsure an exit is: 0 = one class certain, 1 = all classes equal.
+
+    eta(x) = -sum_c x_c log x_c / log C        (DDNN, Teerapittayanon et al. 2017, section III)
+
+    Args:
+        probabilities: (N, C) or (C,), rows sum to 1 (+-1e-3), C >= 2. Zeros are allowed
+            (0 log 0 = 0).
+
+    Returns:
+        (N,) or () float32 in [0, 1].
+
+    Raises:
+        ScoreError: C < 2, a negative or NaN entry, or a row that does not sum to 1.
+    """
+    p = np.asarray(probabilities, np.float64)
+    if p.ndim == 0 or p.shape[-1] < 2:
+        raise ScoreError(
+            "normalized entropy needs at least two classes",
+            "a piece for one class must keep the rest as a second outcome",
+        )
+    if not (p >= 0).all():  # NaN fails the comparison too
+        raise ScoreError("probabilities hold negative or NaN entries")
+    if (np.abs(p.sum(axis=-1) - 1) > SUM_TOLERANCE).any():
+        raise ScoreError(f"probability rows must sum to 1 (+-{SUM_TOLERANCE})")
+    logs = np.log(np.where(p > 0, p, 1.0))
+    entropy = -(p * logs).sum(axis=-1) / np.log(p.shape[-1])
+    eta: NDArray[np.float32] = np.clip(entropy, 0.0, 1.0).astype(np.float32)
+    return eta
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one piece says about N inputs.
+
+    Attributes:
+        classes: (N,) int64, the likeliest own class (global index), also where it does not know.
+        entropies: (N,) float32 normalized entropy, 1.0 where it does not know.
+        confidences: (N,) float32 probability of `classes`.
+        known: (N,) bool, False = don't know.
+    """
+
+    classes: NDArray[np.int64]
+    entropies: NDArray[np.float32]
+    confidences: NDArray[np.float32]
+    known: NDArray[np.bool_]
+
+
+def outcome_probabilities(logits: ArrayLike, rule: AnswerRule) -> NDArray[np.float32]:
+    """Probabilities of a piece's own classes and, if it has foreign rows, of all the rest together.
+
+    The softmax runs over every row that the piece has. Foreign rows (other classes, or one "rest"
+    row holding their log-sum) are added up into one last column, so that a foreign input shows as
+    rest mass. That is what makes one class per piece meaningful: its outcomes are "mine" and
+    "rest", where a softmax over the one class alone would always be 1.
+
+    Args:
+        logits: (N, K) with K = len(rule.logits).
+        rule: Which row stands for which class.
+
+    Returns:
+        (N, len(rule.classes)) float32, one more column where foreign rows exist; rows sum to 1.
+
+    Raises:
+        ScoreError: wrong width or non-finite entries.
+    """
+    values = np.asarray(logits, np.float64)
+    if values.ndim != 2 or values.shape[1] != len(rule.logits):
+        raise ScoreError(f"expected logits (N, {len(rule.logits)}), got {values.shape}")
+    p = softmax(values).astype(np.float64)
+    own = [rule.logits.index(c) for c in rule.classes]
+    foreign = [i for i in range(len(rule.logits)) if i not in own]
+    columns = [p[:, own]] + ([p[:, foreign].sum(axis=1, keepdims=True)] if foreign else [])
+    return np.concatenate(columns, axis=1).astype(np.float32)
+
+
+def answer(logits: ArrayLike, rule: AnswerRule) -> Answers:
+    """A piece's answer: its likeliest own class, or don't know.
+
+    A piece does not know where the rest outweighs every own class, or where the normalized entropy
+    exceeds the threshold; the entropy it then sends is 1 (Edge^nAI, section III).
+
+    Args:
+        logits: (N, K) real numbers, K = len(rule.logits).
+        rule: The piece's classes, rows and calibrated threshold.
+
+    Raises:
+        ScoreError: wrong width or non-finite entries.
+    """
+    q = outcome_probabilities(logits, rule)
+    own = q[:, : len(rule.classes)]
+    entropies = normalized_entropy(q)
+    best = own.argmax(axis=1)
+    confidences = own[np.arange(len(own)), best]
+    rest_wins = q[:, -1] > confidences if q.shape[1] > own.shape[1] else np.zeros(len(q), bool)
+    known = ~rest_wins & exits(entropies, rule.dont_know_threshold)
+    return Answers(
+        classes=np.asarray(rule.classes, np.int64)[best],
+        entropies=np.where(known, entropies, np.float32(1)).astype(np.float32),
+        confidences=confidences,
+        known=known,
+    )
+
+
+def exits(entropies: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
+    """Where an exit may answer: entropy at or below its threshold, compared in float32."""
+    return np.asarray(entropies, np.float32) <= np.float32(threshold)
