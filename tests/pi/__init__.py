@@ -1,0 +1,1 @@
+"""Real Raspberry Pi userlands, run on any Debian machine: see `userland.py`."""
