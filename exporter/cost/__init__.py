@@ -1,0 +1,30 @@
+"""What a piece costs, and whether it fits its device. Pure: runs on saved graphs, no TensorFlow."""
+
+from .budget import (
+    BUDGET_RULES,
+    BudgetRule,
+    Finding,
+    check_budgets,
+    flash_fits,
+    memory_fits,
+    ram_fits,
+    refuse,
+)
+from .piece import Basis, Numbers, PieceCost, peak_activation_elements, piece_cost, together
+
+__all__ = [
+    "BUDGET_RULES",
+    "Basis",
+    "BudgetRule",
+    "Finding",
+    "Numbers",
+    "PieceCost",
+    "check_budgets",
+    "flash_fits",
+    "memory_fits",
+    "peak_activation_elements",
+    "piece_cost",
+    "ram_fits",
+    "refuse",
+    "together",
+]

@@ -1,0 +1,129 @@
+"""Parameters, multiply-accumulates and bytes of one piece, estimated from its layer graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from exporter.graph import LayerGraph
+
+INTERPRETER_CODE_BYTES = 110_896
+"""Code of a microcontroller with TFLite-Micro, CMSIS-NN and 12 operators, Cortex-M4F at -O2,
+without a model: stands in until the piece's own firmware is built and measured."""
+STACK_BYTES = 8_192
+"""Stack set aside on a microcontroller until it is measured."""
+
+
+class Basis(str, Enum):
+    """Where a figure comes from."""
+
+    ESTIMATED = "estimated"
+    MEASURED = "measured"
+
+
+class Numbers(str, Enum):
+    """What an exported piece calculates with."""
+
+    INT8 = "int8"
+    FLOAT32 = "float32"
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one weight or one activation."""
+        return 1 if self is Numbers.INT8 else 4
+
+
+@dataclass(frozen=True)
+class PieceCost:
+    """What one piece asks of the device that runs it.
+
+    Attributes:
+        name: Of the piece, for messages.
+        parameters: Weights and biases in the exported file.
+        macs: Multiply-accumulates of one inference.
+        weight_bytes: Of all weights and biases. The file adds its operator list and scales.
+        peak_activation_bytes: The most that live tensors hold at any step of an inference.
+        code_bytes: Machine code, counted on microcontrollers only.
+        stack_bytes: Stack, counted on microcontrollers only.
+        basis: Whether the bytes are estimated, or measured on the exported piece.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    weight_bytes: int
+    peak_activation_bytes: int
+    code_bytes: int = INTERPRETER_CODE_BYTES
+    stack_bytes: int = STACK_BYTES
+    basis: Basis = Basis.ESTIMATED
+
+
+def piece_cost(graph: LayerGraph, numbers: Numbers, *, name: str | None = None) -> PieceCost:
+    """Estimate the cost of a piece from its graph.
+
+    Args:
+        graph: Of the piece.
+        numbers: int8 counts 1 byte per weight and activation, 4 per bias; float32 counts 4.
+        name: Of the piece; the graph's by default.
+    """
+    biases = sum(layer.inference_biases for layer in graph.layers)
+    weights = graph.inference_parameters - biases
+    return PieceCost(
+        name=name or graph.name,
+        parameters=graph.inference_parameters,
+        macs=graph.macs,
+        weight_bytes=weights * numbers.element_bytes + 4 * biases,
+        peak_activation_bytes=peak_activation_elements(graph) * numbers.element_bytes,
+    )
+
+
+def together(pieces: Sequence[PieceCost]) -> PieceCost:
+    """The cost of several pieces on one device: each keeps its tensors, they share code and stack.
+
+    Args:
+        pieces: At least one.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    measured = all(piece.basis is Basis.MEASURED for piece in pieces)
+    return PieceCost(
+        name=" + ".join(piece.name for piece in pieces),
+        parameters=sum(piece.parameters for piece in pieces),
+        macs=sum(piece.macs for piece in pieces),
+        weight_bytes=sum(piece.weight_bytes for piece in pieces),
+        peak_activation_bytes=sum(piece.peak_activation_bytes for piece in pieces),
+        code_bytes=max(piece.code_bytes for piece in pieces),
+        stack_bytes=max(piece.stack_bytes for piece in pieces),
+        basis=Basis.MEASURED if measured else Basis.ESTIMATED,
+    )
+
+
+def peak_activation_elements(graph: LayerGraph) -> int:
+    """The most elements that live tensors hold at once when layers run in order.
+
+    A tensor lives from the layer that makes it until its last reader has run; model inputs live
+    from the start, model outputs to the end. Folded, fused and reshaping layers share the tensor
+    that they read. An exporter's arena adds its bookkeeping and kernels' scratch to this.
+    """
+    tensor: dict[str, str] = {}
+    size: dict[str, int] = {}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for step, layer in enumerate(graph.layers):
+        for read in layer.inputs:
+            last[tensor[read]] = step
+        if layer.in_place:
+            tensor[layer.name] = tensor[layer.inputs[0]]
+            continue
+        tensor[layer.name] = layer.name
+        size[layer.name] = layer.elements
+        first[layer.name] = last[layer.name] = step
+    for name in graph.inputs:
+        first[tensor[name]] = 0
+    for name in graph.outputs:
+        last[tensor[name]] = len(graph.layers) - 1
+    return max(
+        sum(size[name] for name in size if first[name] <= step <= last[name])
+        for step in range(len(graph.layers))
+    )
