@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up everything they need on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-pi lint bench schemas clean
+
+demo: $(READY)
+	@$(BIN)/python -m benchmarks.demo $(ARGS)
+
+test: $(READY) lint
+	@sh .ci/system-packages mosquitto
+	$(BIN)/python -m pytest $(ARGS)
+ifeq ($(CI),true)
+	$(MAKE) test-pi
+endif
+
+# A device agent in real Raspberry Pi userlands (arm64 and armhf), emulated by qemu-user.
+test-pi: $(READY)
+	@sh .ci/system-packages mosquitto dpkg
+	SHOAL_TEST_PI=1 $(BIN)/python -m pytest -m pi tests/pi $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Regenerates every table of the README; see benchmarks/METHODOLOGY.md for how long each takes.
+bench: $(READY)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+schemas: $(READY)
+	$(BIN)/python -m agent.protocol.schema docs/schema
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
