@@ -16,8 +16,17 @@ import paho.mqtt.client as mqtt
 import pytest
 from numpy.typing import NDArray
 from packaging.requirements import Requirement
+from paho.mqtt.enums import CallbackAPIVersion
 
-from tests.pi.userland import ARCHITECTURES, CHECKOUT, Userland, applicable, base_requirements
+from tests.pi.userland import (
+    ARCHITECTURES,
+    CHECKOUT,
+    Userland,
+    UserlandError,
+    applicable,
+    base_requirements,
+    build,
+)
 
 pytest_plugins = ["tests.pi.fixtures"]
 
@@ -53,6 +62,17 @@ def test_a_marker_is_judged_for_the_pi_and_not_for_this_machine() -> None:
 
     assert plain == [Requirement("a"), Requirement("e>=1")]
     assert fast == [Requirement("a"), Requirement("d"), Requirement("e>=1")]
+
+
+def test_a_machine_without_apt_is_told_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(
+        UserlandError, match=r"(?s)apt-get.*dpkg-deb.*hint: On Debian: apt-get inst"
+    ):
+        build("arm64", tmp_path)
 
 
 @pytest.mark.pi
@@ -148,7 +168,7 @@ def mosquitto(tmp_path: Path) -> Iterator[int]:
 @pytest.mark.broker
 def test_a_client_on_a_pi_and_one_here_talk_over_mosquitto(pi: Userland, mosquitto: int) -> None:
     question = np.random.default_rng(7).bytes(3000)
-    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+    client = mqtt.Client(CallbackAPIVersion.VERSION2)
     client.on_message = lambda client, _userdata, message: client.publish(
         "answer", message.payload[::-1], qos=1
     )
