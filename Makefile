@@ -18,7 +18,7 @@ endif
 # A device agent in real Raspberry Pi userlands (arm64 and armhf), emulated by qemu-user.
 test-pi: $(READY)
 	@sh .ci/system-packages mosquitto dpkg
-	SHOAL_TEST_PI=1 $(BIN)/python -m pytest -m pi tests/pi $(ARGS)
+	SHOAL_TEST_PI=1 $(BIN)/python -m pytest -m pi tests/test_pi_*.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
