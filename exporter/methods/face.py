@@ -1,0 +1,96 @@
+"""What every method shows the pipeline: design the pieces, then settle the plan on their outputs.
+
+A method first designs its pieces from the float model. The pipeline quantizes and verifies them.
+The method then settles everything that is calibrated (thresholds, fusion, exits) on what the
+quantized pieces really say, and returns the Plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.protocol.fleet import Fleet
+from agent.protocol.manifest import Figure
+from agent.protocol.plan import Plan
+from exporter.data import DataSet
+
+if TYPE_CHECKING:
+    import keras
+
+Progress = Callable[[str, int, int], None]
+"""Told (what, done, total) while something long runs."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedPiece:
+    """A piece as a float Keras model.
+
+    Attributes:
+        name: Of the piece in the plan.
+        device: Id of the device that runs it.
+        model: Logits or features out, no softmax; every layer named by hand.
+        calibration: (N, ...) float32 inputs for quantization.
+        message_bytes: Payload that it sends per inference.
+        about: What it is for, in a few words for tables.
+    """
+
+    name: str
+    device: str
+    model: keras.Model
+    calibration: NDArray[np.float32]
+    message_bytes: int
+    about: str
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """The pieces of one plan before quantization.
+
+    Attributes:
+        pieces: All that are made from the base model.
+        facts: Whatever the method wants to hand to its own `settle`.
+        figures: Numbers known already.
+        report: Plain JSON data for the report's method section.
+    """
+
+    pieces: tuple[TrainedPiece, ...]
+    facts: Any = None
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """A plan whose thresholds and fusion are calibrated.
+
+    Attributes:
+        pieces: What was trained on the pieces' outputs (an aggregator), to be quantized too.
+    """
+
+    plan: Plan
+    pieces: tuple[TrainedPiece, ...]
+    figures: Mapping[str, Figure]
+    report: Mapping[str, Any]
+
+
+RunPiece = Callable[[str, NDArray[np.float32]], NDArray[np.float32]]
+"""(piece, inputs (N, ...)) -> real-valued outputs (N, K) of the quantized piece."""
+
+
+class Method(Protocol):
+    """One way to spread a model over a fleet."""
+
+    def design(
+        self, base: keras.Model, data: DataSet, fleet: Fleet, options: Any, progress: Progress
+    ) -> Design:
+        """Cut, prune and train the pieces, in float."""
+
+    def settle(
+        self, design: Design, data: DataSet, fleet: Fleet, options: Any, run: RunPiece
+    ) -> Settled:
+        """Calibrate on the quantized pieces, and make the plan."""
