@@ -221,6 +221,18 @@ def _levels_match(wanted: list[str], levels: list[str]) -> bool:
     return len(wanted) == len(levels)
 
 
+def _filters_overlap(first: list[str], second: list[str]) -> bool:
+    """Whether some topic is covered by both filters, given as their levels."""
+    for one, other in zip(first, second, strict=False):
+        if "#" in (one, other):
+            return True
+        if one != other and "+" not in (one, other):
+            return False
+    longer = max(first, second, key=len)
+    shorter = min(len(first), len(second))
+    return len(longer) == shorter or longer[shorter:] == ["#"]
+
+
 def _check_filter(topic_filter: str) -> None:
     if topic_filter.startswith("$share/"):
         raise ValueError(
@@ -260,11 +272,21 @@ class _Routes:
             else:
                 self.exact[entry.topic_filter] = entry
 
+    def overlapping(self, entry: _Subscription) -> list[_Subscription]:
+        """The other subscriptions that share a topic with one."""
+        levels = entry.topic_filter.split("/")
+        return [
+            other
+            for other in self.all
+            if other is not entry and _filters_overlap(levels, other.topic_filter.split("/"))
+        ]
+
     def find(self, topic: str, identifiers: Sequence[int]) -> list[_Subscription]:
         """Subscriptions that this copy of a message is for.
 
-        A v5 broker sends one copy per overlapping subscription and names each by identifier: only
-        those handlers run, so that none runs twice. Without identifiers every matching one runs.
+        A v5 broker sends one copy per overlapping subscription, which names it by its identifier:
+        only those handlers run, so that none runs twice. Subscriptions that share no topic with
+        another carry no identifier (paho needs 6 us to decode one); there the topic decides.
         """
         if identifiers:
             return [
@@ -318,6 +340,7 @@ class _Connection:
         self.claim_checked = False
         self._backlog_messages = 0
         self._backlog_bytes = 0
+        self._unacknowledged_bytes = 0
         self._queue_lock = threading.Lock()
         self._io_lock = threading.Lock()
         self._closed = False
@@ -416,7 +439,7 @@ class _Connection:
 
     def send(self, message: Message) -> bool:
         """Queue a publication, and write it if nobody else is writing; False: no room."""
-        size = len(message.payload) + len(message.topic)
+        size = _size_bytes(message)
         with self._queue_lock:
             if self._closed:
                 return False
@@ -426,6 +449,9 @@ class _Connection:
             )
             if full and self._backlog_messages:
                 return False
+            waiting = bool(message.qos and self.unacknowledged)
+            if waiting and self._unacknowledged_bytes + size > OUT_QUEUE_BYTES:
+                return False
             if message.qos and not self.unacknowledged:
                 # Off while no QoS > 0 is on its way: paho builds two objects per call, 14 us.
                 self.client.on_publish = self._on_publish
@@ -434,6 +460,7 @@ class _Connection:
                 return False
             if message.qos:
                 self.unacknowledged[info.mid] = message
+                self._unacknowledged_bytes += size
             self._backlog_messages += 1
             self._backlog_bytes += size
         self.flush()
@@ -451,12 +478,14 @@ class _Connection:
                 return
         self.wake()
 
-    def subscribe(self, entry: _Subscription) -> int | None:
+    def subscribe(self, entry: _Subscription, identified: bool) -> int | None:
         """Send a SUBSCRIBE; returns its message id, or None when the connection is gone."""
-        if self.identifiers_available:
+        if identified and self.identifiers_available:
             properties = Properties(PacketTypes.SUBSCRIBE)  # type: ignore[no-untyped-call]
             properties.SubscriptionIdentifier = entry.identifier
-            options = SubscribeOptions(qos=entry.qos)
+            options = SubscribeOptions(
+                qos=entry.qos, retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB
+            )
             _, mid = self.client.subscribe(
                 entry.topic_filter, options=options, properties=properties
             )
@@ -493,8 +522,10 @@ class _Connection:
             while self.acknowledged:
                 mid, reason = self.acknowledged.popleft()
                 message = self.unacknowledged.pop(mid, None)
-                if message is not None and reason.is_failure:
-                    refused.append((message, reason))
+                if message is not None:
+                    self._unacknowledged_bytes -= _size_bytes(message)
+                    if reason.is_failure:
+                        refused.append((message, reason))
             if not self.unacknowledged:
                 self.client.on_publish = None
         return refused
@@ -582,6 +613,16 @@ class _Connection:
         return list(self.unacknowledged.values())
 
 
+def _size_bytes(message: Message) -> int:
+    return len(message.payload) + len(message.topic)
+
+
+def reconnect_delay_s(attempt: int) -> float:
+    """Seconds before attempt 0, 1, ...: doubling, capped, random so that a fleet spreads out."""
+    delay_s = min(RECONNECT_CAP_S, RECONNECT_FIRST_S * 2.0 ** min(attempt, 8))
+    return delay_s * random.uniform(0.5, 1.0)
+
+
 def _taken_over(evidence: str) -> _End:
     return _End(
         f"another client connected with our id ({evidence})",
@@ -604,9 +645,12 @@ def _connect_failure(address: BrokerAddress, error: OSError | UnicodeError) -> _
             "connection refused, nothing listens there",
             hint="start a broker (systemctl start mosquitto), or mend host and port",
         )
-    if isinstance(error, ssl.SSLError):
+    if isinstance(error, ssl.SSLError) or (
+        address.ca_file is not None and isinstance(error, ConnectionError)
+    ):
         return _End(
-            f"TLS failed: {error.reason or error}",
+            f"TLS failed: {getattr(error, 'reason', None) or error.strerror or error} "
+            "(does this port speak TLS?)",
             hint=f"try: openssl s_client -connect {address.host}:{address.port} "
             f"-CAfile {address.ca_file}",
         )
@@ -732,7 +776,9 @@ class Link:
             entry = _Subscription(topic_filter, handler, qos, len(self._routes.all) + 1)
             self._routes = _Routes((*self._routes.all, entry))
             if self._announced is not None:
-                self._request(self._announced, entry)
+                # The others may have gone out without an identifier, before they needed one.
+                for other in (entry, *self._routes.overlapping(entry)):
+                    self._request(self._announced, other)
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> bool:
         """Send a message; any thread, also inside a handler. Never blocks on the network.
@@ -837,7 +883,7 @@ class Link:
 
     def _request(self, connection: _Connection, entry: _Subscription) -> None:
         # Under self._lock, so that the answer finds its entry.
-        mid = connection.subscribe(entry)
+        mid = connection.subscribe(entry, bool(self._routes.overlapping(entry)))
         if mid is not None:
             self._awaited[mid] = entry
 
@@ -875,8 +921,7 @@ class Link:
                 if v5:
                     continue
             attempt = 0 if established else attempt + 1
-            delay_s = min(RECONNECT_CAP_S, RECONNECT_FIRST_S * 2 ** min(attempt, 8))
-            self._stopping.wait(delay_s * random.uniform(0.5, 1.0))
+            self._stopping.wait(reconnect_delay_s(attempt))
 
     def _connect_once(self) -> _End:
         connection = _Connection(self.address, self.client_id, self._will, self._version)
@@ -930,7 +975,8 @@ class Link:
         if connection.claim_deadline_s is None:
             connection.claim_deadline_s = time.monotonic() + CLAIM_TIMEOUT_S
             connection.subscribe(
-                _Subscription(self._claim_topic, lambda topic, payload: None, 0, _CLAIM_IDENTIFIER)
+                _Subscription(self._claim_topic, lambda topic, payload: None, 0, _CLAIM_IDENTIFIER),
+                identified=True,
             )
             # Comes back to us after the retained claim, or instead of one that the broker forgot.
             connection.send(Message(self._claim_topic, self._claim))
@@ -952,8 +998,8 @@ class Link:
         connection.send(Message(self._claim_topic, self._claim, retain=True))
         with self._lock:
             self._refusals.clear()
-            subscribed = self._routes.all
-            for entry in subscribed:
+            subscribed = self._routes
+            for entry in subscribed.all:
                 self._request(connection, entry)
         births = list(self._births())
         spoken_for = {birth.topic for birth in births}
@@ -962,8 +1008,9 @@ class Link:
         for message in (*births, *replay):
             self._send(connection, message)
         with self._changed:
-            for entry in self._routes.all[len(subscribed) :]:
-                self._request(connection, entry)
+            if self._routes is not subscribed:
+                for entry in self._routes.all:
+                    self._request(connection, entry)
             if not self._stopping.is_set():
                 self._announced = connection
             self._changed.notify_all()

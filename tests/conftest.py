@@ -1,0 +1,27 @@
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from agent.broker import Broker, find_mosquitto, start_broker
+
+
+class Mosquitto:
+    """The session's shared broker (host, port), and a starter of private ones to break."""
+
+    def __init__(self, shared: Broker) -> None:
+        self.shared = shared
+        self.host = shared.host
+        self.port = shared.port
+        self.start: Callable[..., Broker] = start_broker
+
+
+@pytest.fixture(scope="session")
+def mosquitto() -> Iterator[Mosquitto]:
+    if find_mosquitto() is None:
+        reason = "mosquitto is not installed (apt-get install mosquitto)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with start_broker() as broker:
+        yield Mosquitto(broker)
