@@ -110,11 +110,16 @@ class ChannelMap:
             start = self.offsets[group.name]
             if np.array_equal(ids, np.arange(start, start + group.size)):
                 members = [units for units in self.units.values() if np.isin(units, ids).any()]
-                if len(group.producers) == 1 and all(np.array_equal(ids, m) for m in members):
+                makes = self.graph.layer(group.producers[0]).flow is Flow.MAKE
+                if (
+                    len(group.producers) == 1
+                    and makes
+                    and all(np.array_equal(ids, m) for m in members)
+                ):
                     return group
         raise DataError(
             f"the rows of output {outputs[0]!r} do not come from one dense or convolution layer",
-            "select rows on a model that ends in such a layer, without softmax",
+            "select rows on the logits: surgery.without_softmax takes the softmax away",
         )
 
     def kept_units(

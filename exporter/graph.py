@@ -316,9 +316,9 @@ def _activation(config: Mapping[str, Any]) -> str | None:
     name = config.get("activation", "linear")
     if name == "linear" or name is None:
         return None
-    if name not in _ELEMENTWISE and name != "softmax":
+    if not isinstance(name, str) or name not in _ELEMENTWISE | {"softmax"}:
         raise _Unknown(f"activation {name!r} is not known")
-    return str(name)
+    return name
 
 
 def _make(config: Mapping[str, Any], inputs: Sequence[Shape], output: Shape) -> dict[str, Any]:

@@ -7,6 +7,7 @@ retrained: weights are copied. `mask_channels` is the reference that keeps all s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,7 @@ __all__ = [
     "mask_channels",
     "remove_channels",
     "unit_groups",
+    "without_softmax",
 ]
 
 Weights = list[NDArray[Any]]
@@ -125,6 +127,32 @@ def mask_channels(model: keras.Model, keep: Keep) -> keras.Model:
     return _rebuild(model, traced, channels, everything, weights)
 
 
+def without_softmax(model: keras.Model) -> keras.Model:
+    """The model that returns logits where this one returns their softmax.
+
+    Args:
+        model: As for `remove_channels`, with one output. It is not changed.
+
+    Returns:
+        The model itself if it does not end in a softmax; else one with copied weights, in which
+        a softmax of the last dense or convolution layer is gone, or a last softmax layer.
+
+    Raises:
+        UnsupportedLayer: as `layer_graph`.
+    """
+    traced = trace(model)
+    channels = channel_map(graph_of_trace(traced, str(model.name)))
+    last = channels.graph.layer(traced.outputs[0])
+    if len(traced.outputs) != 1 or (last.activation != "softmax" and last.op != "Softmax"):
+        return model
+    everything = {name: np.arange(len(ids)) for name, ids in channels.units.items()}
+    weights = {call.name: call.layer.get_weights() for call in traced.calls}
+    if not last.kernel_parameters:
+        calls = tuple(call for call in traced.calls if call.name != last.name)
+        traced = replace(traced, calls=calls, outputs=last.inputs)
+    return _rebuild(model, traced, channels, everything, weights, linear=last.name)
+
+
 def _slice(layer: Layer, weights: Weights, reads: Ids, makes: Ids) -> Weights:
     """The weights of a layer for the channel positions that it still reads and makes."""
     if layer.flow is Flow.MAKE:
@@ -147,13 +175,18 @@ def _rebuild(
     channels: ChannelMap,
     positions: dict[str, Ids],
     weights: dict[str, Weights],
+    *,
+    linear: str | None = None,
 ) -> keras.Model:
+    """Call new layers as the old ones were called; `linear` names one that loses its activation."""
     import keras
 
     built: dict[str, Any] = {}
     for call in traced.calls:
         layer = channels.graph.layer(call.name)
         config = _resize(layer, call.layer.get_config(), positions)
+        if call.name == linear:
+            config["activation"] = "linear"
         fresh = type(call.layer).from_config(config)
         if layer.flow is Flow.SOURCE:
             built[call.name] = fresh.output
@@ -166,10 +199,13 @@ def _rebuild(
         built[call.name] = fresh(*args, **kwargs)
         if weights[call.name]:
             fresh.set_weights(weights[call.name])
-    flat = [built[name] for name in traced.outputs]
+    inputs = [built[name] for name in traced.inputs]
+    outputs = [built[name] for name in traced.outputs]
+    if isinstance(model, keras.Sequential):
+        return keras.Model(inputs[0], outputs[0], name=model.name)
     return keras.Model(
-        keras.tree.pack_sequence_as(model.input, [built[name] for name in traced.inputs]),
-        keras.tree.pack_sequence_as(model.output, flat),
+        keras.tree.pack_sequence_as(model.input, inputs),
+        keras.tree.pack_sequence_as(model.output, outputs),
         name=model.name,
     )
 
