@@ -44,7 +44,10 @@ def npz_path(name: str) -> Path:
         for key in (name_x, f"y{name_x[1:]}"):
             arrays[key] = np.ascontiguousarray(arrays[key][order])
     if arrays["x_train"].ndim == 3:
-        arrays["x_train"], arrays["x_test"] = arrays["x_train"][..., None], arrays["x_test"][..., None]
+        arrays["x_train"], arrays["x_test"] = (
+            arrays["x_train"][..., None],
+            arrays["x_test"][..., None],
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     np.savez(target.with_suffix(".part.npz"), **arrays)
     target.with_suffix(".part.npz").rename(target)

@@ -45,7 +45,7 @@ class Recipe:
 
 
 RECIPES = {
-    "vgg16_cifar10": Recipe("cifar10", lambda: vgg16(10), held_out=5_000, epochs=30),
+    "vgg16_cifar10": Recipe("cifar10", lambda: vgg16(10, dropout=0.1), held_out=5_000, epochs=70),
     "vgg16_cifar100": Recipe("cifar100", lambda: vgg16(100), held_out=500, epochs=80, batch=64),
     "lenet_mnist": Recipe("mnist", lenet, held_out=5_000, epochs=10, peak_rate=0.05, flip=False),
 }
@@ -75,8 +75,8 @@ def augment(flip: bool) -> Any:
     return one
 
 
-def train(name: str) -> None:
-    """Train one base and write its weights and log."""
+def train(name: str, folder: Path) -> None:
+    """Train one base and write its weights and log into a folder."""
     recipe = RECIPES[name]
     keras.utils.set_random_seed(0)
     with np.load(npz_path(recipe.data)) as archive:
@@ -100,8 +100,8 @@ def train(name: str) -> None:
         metrics=["accuracy"],
         jit_compile=False,
     )
-    BASES.mkdir(exist_ok=True)
-    log_path = BASES / f"{name}.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    log_path = folder / f"{name}.log"
     started = time.monotonic()
     with log_path.open("w") as log:
 
@@ -121,7 +121,7 @@ def train(name: str) -> None:
             callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=write)],
         )
         weights = [np.asarray(w, np.float16) for w in model.get_weights()]
-        np.savez_compressed(BASES / f"{name}.npz", *weights)
+        np.savez_compressed(folder / f"{name}.npz", *weights)
         model.set_weights([w.astype(np.float32) for w in weights])
         test = arrays["x_test"].astype(np.float32) / 255
         logits = model.predict(test, batch_size=500, verbose=0)
@@ -137,7 +137,11 @@ def train(name: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("bases", nargs="+", choices=sorted(RECIPES))
-    for base in parser.parse_args().bases:
-        train(base)
+    parser.add_argument("-o", "--out", type=Path, default=BASES)
+    arguments = parser.parse_args()
+    for base in arguments.bases:
+        train(base, arguments.out)

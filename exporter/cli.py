@@ -1,0 +1,298 @@
+"""`shoal plan`, `shoal export`, `shoal report`. Light to import: TensorFlow comes with the work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from agent.protocol.units import format_bytes
+
+if TYPE_CHECKING:
+    from exporter.methods.face import Progress
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+METHOD_NAMES = ("snn",)
+
+
+def _inputs(command: F) -> F:
+    """The arguments and options that planning and exporting share."""
+    options = [
+        click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.keras"),
+        click.option("--data", required=True, metavar="NPZ|FOLDER|NAME", help=_DATA_HELP),
+        click.option(
+            "--fleet",
+            default="fleet.yaml",
+            show_default=True,
+            type=click.Path(path_type=Path),
+            help="The fleet file.",
+        ),
+        click.option("--method", default="snn", show_default=True, type=click.Choice(METHOD_NAMES)),
+        click.option(
+            "--max-drop",
+            default=1.0,
+            show_default=True,
+            type=click.FloatRange(0, 100),
+            help="Accuracy that pruning may cost each piece, in points.",
+        ),
+        click.option(
+            "--keep",
+            type=click.FloatRange(0.01, 1.0),
+            help="Prune each piece down to this share of the base's parameters instead.",
+        ),
+        click.option(
+            "--criterion",
+            default="outcome",
+            show_default=True,
+            type=click.Choice(["outcome", "capnn-w", "capnn-m", "capnn-b"]),
+            help="What pruning goes by: the damage to the piece's outcomes, or the paper's rates.",
+        ),
+        click.option(
+            "--compensate",
+            is_flag=True,
+            help="Re-solve the next layer's weights in closed form after pruning.",
+        ),
+        click.option(
+            "--distill",
+            default=0,
+            show_default=True,
+            metavar="EPOCHS",
+            type=click.IntRange(0, 5),
+            help="Then train each piece to agree with the base, without labels.",
+        ),
+        click.option(
+            "--outcomes",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "rest", "own"]),
+            help="Entropy over a piece's own classes and the rest, or (as the paper) own alone.",
+        ),
+        click.option("--workers", default=0, help="Processes of the search; 0 = one a core."),
+        click.option("--dask", metavar="SCHEDULER", help="Spread the search over a Dask cluster."),
+        click.option(
+            "--cache",
+            default=".cache/shoal",
+            show_default=True,
+            type=click.Path(path_type=Path),
+            help="Where finished steps of a search are kept.",
+        ),
+        click.option("--seed", default=0, show_default=True),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_DATA_HELP = (
+    "An .npz (x_train, y_train, x_val, y_val, x_test, y_test, or x and y), a folder of images per "
+    "class, or digits, mnist, fashion_mnist, cifar10, cifar100."
+)
+
+
+@click.command()
+@_inputs
+def plan(model: Path, data: str, fleet: Path, method: str, as_json: bool, **chosen: Any) -> None:
+    """Show who would get which piece, and what it costs, without writing anything."""
+    from exporter import pipeline
+
+    with _progress() as progress:
+        design, costs, loaded = pipeline.plan(
+            model, data, fleet, method=method, options=_options(chosen), progress=progress
+        )
+    rows = []
+    for piece in design.pieces:
+        device = loaded.device(piece.device)
+        cost = next(c for c in costs[piece.device] if c.name == piece.name)
+        rows.append(
+            {
+                "device": device.id,
+                "kind": device.kind.value,
+                "piece": piece.name,
+                "about": piece.about,
+                "parameters": cost.parameters,
+                "macs": cost.macs,
+                "weight_bytes": cost.weight_bytes,
+                "peak_activation_bytes": cost.peak_activation_bytes,
+                "message_bytes": piece.message_bytes,
+                "origin": "estimated",
+            }
+        )
+    if as_json:
+        click.echo(json.dumps({"method": method, "pieces": rows}))
+        return
+    _print_table(
+        ("device", "kind", "piece", "classes", "parameters", "MACs", "weights", "tensors"),
+        [
+            (
+                str(r["device"]),
+                str(r["kind"]),
+                str(r["piece"]),
+                str(r["about"]),
+                f"{r['parameters']:,}",
+                f"{r['macs']:,}",
+                format_bytes(int(str(r["weight_bytes"]))),
+                format_bytes(int(str(r["peak_activation_bytes"]))),
+            )
+            for r in rows
+        ],
+        "Estimated from the pruned networks; `shoal export` measures",
+    )
+
+
+@click.command()
+@_inputs
+@click.option(
+    "-o",
+    "--out",
+    default="bundle",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The bundle folder; an earlier bundle there is replaced.",
+)
+@click.option("--float", "as_float", is_flag=True, help="Export float32 pieces instead of int8.")
+def export(
+    model: Path,
+    data: str,
+    fleet: Path,
+    method: str,
+    out: Path,
+    as_float: bool,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
+    """Spread MODEL.keras over the fleet, and write everything its devices need into a bundle."""
+    from exporter import pipeline
+
+    with _progress() as progress:
+        manifest = pipeline.export(
+            model,
+            data,
+            fleet,
+            out,
+            method=method,
+            options=_options(chosen),
+            dtype="float32" if as_float else "int8",
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(manifest.model_dump(mode="json")))
+        return
+    rows = []
+    for node in manifest.plan.strategies[0].nodes:
+        entry = manifest.entry(node.piece) if node.piece else None
+        piece = manifest.plan.piece(node.piece) if node.piece else None
+        labels = (
+            [manifest.plan.classes[c] for c in piece.answer.classes]
+            if piece and piece.answer
+            else []
+        )
+        rows.append(
+            (
+                node.device,
+                node.piece or "-",
+                ", ".join(labels) or (node.fusion.value if node.fusion else "-"),
+                f"{entry.estimated.parameters:,}" if entry else "-",
+                format_bytes(entry.model.size_bytes) if entry else "-",
+                format_bytes(entry.arena_bytes) if entry and entry.arena_bytes else "-",
+            )
+        )
+    _print_table(
+        ("device", "piece", "classes or fusion", "parameters", "file", "arena"),
+        rows,
+        f"Plan {manifest.plan_id}: sizes and arenas measured",
+    )
+    for name, figure in sorted(manifest.figures.items()):
+        if figure.unit == "share":
+            click.echo(f"{name.replace('_', ' ')}: {figure.value * 100:.2f} % ({figure.origin})")
+    click.echo(f"bundle: {out}\nreport: {out / 'report.html'}")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def report(bundle: Path, as_json: bool) -> None:
+    """Draw a bundle's report.html anew and print its figures."""
+    from agent.protocol.manifest import read_manifest
+    from exporter.report import rewrite_report
+
+    page = rewrite_report(bundle)
+    manifest = read_manifest(bundle)
+    if as_json:
+        figures = {name: figure.model_dump() for name, figure in manifest.figures.items()}
+        click.echo(json.dumps({"report": str(page), "figures": figures}))
+        return
+    _print_table(
+        ("figure", "value", "unit", "origin", "note"),
+        [
+            (name, f"{figure.value:,.6g}", figure.unit, figure.origin, figure.note)
+            for name, figure in sorted(manifest.figures.items())
+        ],
+        f"report: {page}",
+    )
+
+
+def _options(chosen: dict[str, Any]) -> Any:
+    from exporter.methods.snn.method import SnnOptions
+
+    return SnnOptions(
+        max_drop=chosen["max_drop"] / 100,
+        keep=chosen["keep"],
+        criterion=chosen["criterion"],
+        compensate=chosen["compensate"],
+        distill_epochs=chosen["distill"],
+        outcomes=chosen["outcomes"],
+        workers=chosen["workers"],
+        dask_scheduler=chosen["dask"],
+        cache=chosen["cache"],
+        seed=chosen["seed"],
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar on stderr; plain lines where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        said: set[str] = set()
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in said:
+                said.add(what)
+                print(f"{what} ...", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def draw(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield draw
+
+
+def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    for name in head:
+        numeric = name in ("parameters", "MACs", "weights", "tensors", "file", "arena")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    Console(width=console.width if console.is_terminal else 160).print(table)
