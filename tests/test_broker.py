@@ -83,14 +83,16 @@ def test_retained_messages_survive_a_restart_with_persistence(mosquitto):
 
 @pytest.mark.broker
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-def test_no_orphan_broker_after_its_parent_is_killed(mosquitto):
+def test_no_orphan_broker_after_its_parent_is_killed(mosquitto, tmp_path):
     program = (
         "import time; from agent.broker import start_broker\n"
         "broker = start_broker()\n"
         "print(broker.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
         pid = int(parent.stdout.readline())
         assert psutil.Process(pid).name() == "mosquitto"
         parent.send_signal(signal.SIGKILL)

@@ -388,10 +388,11 @@ def test_of_two_links_with_one_id_the_newer_stays_and_the_older_says_so(links, f
 
 
 def test_session_taken_over_reason_stops_the_link():
-    with ScriptedBroker(after_connect=b"\xe0\x02\x8e\x00") as broker:
+    with ScriptedBroker(answer_to_evict=b"\xe0\x02\x8e\x00") as broker:
         faults = []
         link = Link(broker.address, "twin", on_fault=faults.append)
         link.start(5)
+        link.publish("evict", b"")
         assert eventually(lambda: faults)
         link.stop()
     assert [(fault.kind, fault.final) for fault in faults] == [(FaultKind.TAKEN_OVER, True)]
@@ -412,9 +413,9 @@ def test_refused_subscription_fails_the_start_and_names_topic_and_reason():
 class ScriptedBroker:
     """Sends what no installed broker can be made to send: MQTT v5 reason codes."""
 
-    def __init__(self, suback=b"\x00", after_connect=b""):
+    def __init__(self, suback=b"\x00", answer_to_evict=b""):
         self.suback = suback
-        self.after_connect = after_connect
+        self.answer_to_evict = answer_to_evict
         self.connections = 0
 
     def __enter__(self):
@@ -442,8 +443,8 @@ class ScriptedBroker:
                     kind = header[0] >> 4
                     if kind == 1:
                         client.sendall(b"\x20\x03\x00\x00\x00")
-                    elif kind == 3 and self.after_connect:
-                        client.sendall(self.after_connect)
+                    elif kind == 3 and body[2:].startswith(b"evict"):
+                        client.sendall(self.answer_to_evict)
                         break
                     elif kind == 8:
                         client.sendall(struct.pack(">BB2sB", 0x90, 4, body[:2], 0) + self.suback)
