@@ -104,7 +104,7 @@ def peak_activation_elements(graph: LayerGraph) -> int:
 
     A tensor lives from the layer that makes it until its last reader has run; model inputs live
     from the start, model outputs to the end. Folded, fused and reshaping layers share the tensor
-    that they read. An exporter's arena adds its bookkeeping and kernels' scratch to this.
+    that they read. A real arena adds its bookkeeping, the kernels' scratch and the planner's gaps.
     """
     tensor: dict[str, str] = {}
     size: dict[str, int] = {}
