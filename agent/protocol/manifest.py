@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from .errors import BundleMismatch, ManifestError
-from .messages import Hex32
-from .plan import Contract, Name, Piece, Plan
+from .plan import Contract, Hex32, Name, Piece, Plan
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
@@ -32,7 +31,8 @@ class Artifact(Contract):
     @model_validator(mode="after")
     def _stays_inside(self) -> Self:
         path = PurePosixPath(self.path)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in self.path:
+        outside = path.is_absolute() or ".." in path.parts or PureWindowsPath(self.path).drive
+        if outside or not path.parts or "\\" in self.path or not self.path.isprintable():
             raise ValueError(f"path {self.path!r} must stay inside the bundle")
         return self
 
@@ -206,38 +206,65 @@ def artifact(bundle: Path, path: Path) -> Artifact:
 def write_manifest(bundle: Path, manifest: Manifest) -> Path:
     """Write manifest.json into a bundle folder, indented for people."""
     target = bundle / FILE_NAME
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    target.write_text(text + "\n", encoding="utf-8")
+    target.write_bytes(manifest_bytes(manifest))
     return target
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The text of a manifest.json; its last key is the SHA-256 of all that stands before it."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    before = text.removesuffix("\n}").encode()
+    return before + _checksum(before)
+
+
+def _checksum(before: bytes) -> bytes:
+    return f',\n "checksum": "{hashlib.sha256(before).hexdigest()}"\n}}\n'.encode()
 
 
 def read_manifest(bundle: Path | str) -> Manifest:
     """Read a bundle's manifest.
 
     Raises:
-        ManifestError: no such file, not JSON, of another version, or contradicting itself.
+        ManifestError: no such file, not JSON, of another version, altered since it was written,
+            or contradicting itself.
     """
     path = Path(bundle) / FILE_NAME
     try:
-        data = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise ManifestError(
             f"{path}: cannot be read: {error.strerror}",
             "name a bundle folder that `shoal export ... -o FOLDER` wrote",
         ) from None
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, name: str = FILE_NAME) -> Manifest:
+    """Check the bytes of a manifest, called `name` in messages. Raises as `read_manifest`."""
+    again = "copy the bundle again, or export it anew"
+    try:
+        data = json.loads(content)
     except ValueError as error:
-        raise ManifestError(f"{path}: not JSON: {error}", "export the bundle again") from None
+        raise ManifestError(f"{name}: not JSON: {error}", again) from None
+    except RecursionError:
+        raise ManifestError(f"{name}: not a manifest: nested too deeply", again) from None
     version = data.get("format") if isinstance(data, dict) else None
-    if version != FORMAT:
+    if type(version) is not int or version != FORMAT:
         raise ManifestError(
-            f"{path}: manifest format {version!r}, this version of shoal reads {FORMAT}",
+            f"{name}: manifest format {str(version)[:40]}, this version of shoal reads {FORMAT}",
             "use the shoal version that wrote it, or export the bundle again",
         )
+    before = content[: -len(_checksum(b""))]
+    if content != before + _checksum(before):
+        raise ManifestError(f"{name}: checksum does not match: truncated or altered", again)
     try:
-        return Manifest.model_validate_json(json.dumps(data))
+        manifest = Manifest.model_validate_json(before + b"\n}")
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
+        lines = [f"{name}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
         raise ManifestError("\n".join(lines), "export the bundle again") from None
+    if manifest_bytes(manifest) != content:
+        raise ManifestError(f"{name}: keys repeat, or values are in other forms", again)
+    return manifest
 
 
 def check_files(bundle: Path | str, artifacts: Iterable[Artifact]) -> None:

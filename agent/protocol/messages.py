@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from .errors import WireError
-from .plan import Contract
+from .plan import Contract, Hex32
 
 VERSION = 1
 NO_NODE = 0xFFFF
 """Node number on the wire of a sender that is no node of the plan (whoever asks)."""
-NO_DEADLINE_US = 0
 
 HEADER = struct.Struct("<BBBxHxxIIQ")
 """version u8, kind u8, strategy u8, pad, node u16, pad 2, plan u32, boot u32, request u64."""
@@ -165,14 +164,31 @@ def encode(message: Message) -> bytes:
     Raises:
         ValueError: a field does not fit its place on the wire (a bug of the caller).
     """
+    try:
+        payload = _encode_header(message) + _encode_body(message)
+    except (struct.error, OverflowError) as error:
+        raise ValueError(f"{type(message).__name__} does not fit the wire: {error}") from error
+    return payload + CRC.pack(zlib.crc32(payload))
+
+
+def _encode_header(message: Message) -> bytes:
     h = message.header
+    if h.node == NO_NODE:
+        raise ValueError(f"node {NO_NODE} stands for a sender that is no node")
     node = NO_NODE if h.node is None else h.node
-    head = HEADER.pack(VERSION, message.kind, h.strategy, node, h.plan, h.boot, h.request)
+    return HEADER.pack(VERSION, message.kind, h.strategy, node, h.plan, h.boot, h.request)
+
+
+def _encode_body(message: Message) -> bytes:
     if isinstance(message, Request):
-        body = REQUEST_BODY.pack(message.deadline_ms)
-        body += b"" if message.frame is None else _encode_tensor(message.frame)
-    elif isinstance(message, Answer):
-        body = ANSWER_BODY.pack(
+        if message.deadline_ms < 1:
+            raise ValueError(f"a deadline of {message.deadline_ms} ms")
+        frame = b"" if message.frame is None else _encode_tensor(message.frame)
+        return REQUEST_BODY.pack(message.deadline_ms) + frame
+    if isinstance(message, Answer):
+        if problem := _answer_problem(message.known, message.entropy, message.confidence):
+            raise ValueError(problem)
+        return ANSWER_BODY.pack(
             message.class_index,
             message.known,
             message.entropy,
@@ -180,12 +196,11 @@ def encode(message: Message) -> bytes:
             message.queue_us,
             message.inference_us,
         )
-    elif isinstance(message, TensorPart):
-        body = TIMING.pack(message.queue_us, message.inference_us) + _encode_tensor(message.values)
-    else:
-        body = b""
-    payload = head + body
-    return payload + CRC.pack(zlib.crc32(payload))
+    if isinstance(message, TensorPart):
+        if message.kind not in (MessageKind.SCORES, MessageKind.FEATURES):
+            raise ValueError(f"a tensor part holds scores or features, not {message.kind!r}")
+        return TIMING.pack(message.queue_us, message.inference_us) + _encode_tensor(message.values)
+    return b""
 
 
 def decode(payload: bytes) -> Message:
@@ -244,13 +259,19 @@ def _decode_answer(header: Header, body: memoryview) -> Answer:
     if len(body) != ANSWER_BODY.size:
         raise WireError(f"answer of {len(body)} bytes, expected {ANSWER_BODY.size}")
     class_index, known, entropy, confidence, queue_us, inference_us = ANSWER_BODY.unpack(body)
-    if known > 1 or not 0.0 <= entropy <= 1.0 or not 0.0 <= confidence <= 1.0:
-        raise WireError(
-            "answer out of range: known is 0 or 1, entropy and confidence are in [0, 1]"
-        )
-    if not known and entropy != 1.0:
-        raise WireError("an answer that does not know must have entropy 1")
+    if body[3] != 0:
+        raise WireError("padding in the answer is not zero")
+    if problem := _answer_problem(known, entropy, confidence):
+        raise WireError(problem)
     return Answer(header, class_index, bool(known), entropy, confidence, queue_us, inference_us)
+
+
+def _answer_problem(known: int, entropy: float, confidence: float) -> str | None:
+    if known not in (0, 1) or not 0.0 <= entropy <= 1.0 or not 0.0 <= confidence <= 1.0:
+        return "answer out of range: known is 0 or 1, entropy and confidence are in [0, 1]"
+    if not known and entropy != 1.0:
+        return "an answer that does not know must have entropy 1"
+    return None
 
 
 def _encode_tensor(values: NDArray[np.generic]) -> bytes:
@@ -258,7 +279,8 @@ def _encode_tensor(values: NDArray[np.generic]) -> bytes:
     if dtype not in _WIRE:
         raise ValueError(f"{values.dtype} has no wire type; send uint8, int8, float32 or bool")
     wire = _WIRE[dtype]
-    if not 1 <= values.ndim <= 8 or max(values.shape) > 0xFFFF or values.nbytes > MAX_TENSOR_BYTES:
+    fits = 1 <= values.ndim <= 8 and values.size > 0 and max(values.shape) <= 0xFFFF
+    if not fits or values.nbytes > MAX_TENSOR_BYTES:
         raise ValueError(f"shape {values.shape} does not fit a message")
     head = TENSOR_HEAD.pack(wire, values.ndim) + struct.pack(f"<{values.ndim}H", *values.shape)
     if wire is WireType.BITS:
@@ -306,7 +328,6 @@ class Status(str, Enum):
         raise WireError(f"not a status: {payload[:20]!r}")
 
 
-Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
@@ -413,10 +434,15 @@ def decode_text(model: type[T], payload: bytes) -> T:
     if payload[-tail:] != f',"crc":"{zlib.crc32(text):08x}"}}'.encode():
         raise WireError("checksum does not match: truncated, altered, or not from an agent")
     try:
-        return model.model_validate_json(text)
+        message = model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "payload"
         raise WireError(
             f"not a {model.__name__} of this version: {where}: {first['msg']}"
         ) from None
+    if encode_text(message) != payload:
+        raise WireError(
+            f"not a {model.__name__} as agents write it: keys repeat, or values are in other forms"
+        )
+    return message

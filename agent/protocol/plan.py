@@ -16,13 +16,14 @@ FRAME = "frame"
 """Name of the input that is a sensor frame (every other input names a piece)."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$")]
+Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 Entropy = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Contract(BaseModel):
     """Base of everything that crosses a border: frozen, and unknown fields are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class Output(str, Enum):
@@ -94,6 +95,11 @@ class Piece(Contract):
 
     @model_validator(mode="after")
     def _answer_has_rule(self) -> Self:
+        if self.name == FRAME:
+            raise ValueError(f"{FRAME!r} names the sensor's frame: no piece may be called so")
+        for what, values in (("inputs", self.inputs), ("outputs", self.outputs)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{what} must not repeat an entry")
         if (Output.ANSWER in self.outputs) != (self.answer is not None):
             raise ValueError("`answer` must be given exactly when `outputs` has 'answer'")
         return self
@@ -148,6 +154,8 @@ class Strategy(Contract):
             twice = [name for name, n in Counter(x.name for x in self.nodes).items() if n > 1]
             problems.append(f"node names repeat: {twice}")
         for node in self.nodes:
+            if len(set(node.listens_to)) != len(node.listens_to):
+                problems.append(f"node {node.name!r} listens to a node twice")
             for heard in node.listens_to:
                 if heard not in tiers:
                     problems.append(
@@ -205,13 +213,18 @@ class Plan(Contract):
         pieces = {piece.name: piece for piece in self.pieces}
         if len(pieces) != len(self.pieces):
             problems.append("piece names repeat")
+        if len(set(self.classes)) != len(self.classes):
+            problems.append("class labels repeat")
+        if len({strategy.name for strategy in self.strategies}) != len(self.strategies):
+            problems.append("strategy names repeat")
         for piece in self.pieces:
             for source in piece.inputs:
                 if source != FRAME and source not in pieces:
                     problems.append(f"piece {piece.name!r} takes {source!r}, which does not exist")
-            if piece.answer and max(piece.answer.classes) >= len(self.classes):
+            rows = piece.answer.logits if piece.answer else ()
+            if any(row != "rest" and row >= len(self.classes) for row in rows):
                 problems.append(
-                    f"piece {piece.name!r} answers a class beyond the {len(self.classes)} labels"
+                    f"piece {piece.name!r} names a class beyond the {len(self.classes)} labels"
                 )
         used = set()
         for strategy in self.strategies:

@@ -27,12 +27,15 @@ def softmax(logits: ArrayLike) -> NDArray[np.float32]:
         Same shape, float32, each row sums to 1.
 
     Raises:
-        ScoreError: an entry is NaN or infinite.
+        ScoreError: no classes, or an entry is NaN or infinite.
     """
     values = np.asarray(logits, np.float64)
+    if values.ndim == 0 or values.shape[-1] == 0:
+        raise ScoreError(f"expected logits (N, C) or (C,) with C >= 1, got shape {values.shape}")
     if not np.isfinite(values).all():
         raise ScoreError("logits hold NaN or infinite entries: the piece's output is not usable")
-    exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
+    with np.errstate(over="ignore"):  # a difference beyond float64 is a probability of 0
+        exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
     p: NDArray[np.float32] = (exponentials / exponentials.sum(axis=-1, keepdims=True)).astype("f4")
     return p
 
@@ -144,3 +147,34 @@ def answer(logits: ArrayLike, rule: AnswerRule) -> Answers:
 def exits(entropies: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
     """Where an exit may answer: entropy at or below its threshold, compared in float32."""
     return np.asarray(entropies, np.float32) <= np.float32(threshold)
+
+
+LEAST_ENTROPY = 1e-6
+"""Entropies below this count as certain in `entropy_features`."""
+
+
+def entropy_features(entropies: ArrayLike) -> NDArray[np.float32]:
+    """What the network of `entropy_mlp` reads: 1 = certain, 0 = don't know, or no answer at all.
+
+    f = clip(-log10(max(eta, 1e-6)) / 6, 0, 1)
+
+    Why the logarithm: a piece that is right has an entropy of 1e-2 or 1e-5, and it is the ratio of
+    two entropies that tells the right one from the one that is merely sure of itself. On a linear
+    scale all of them round to the same int8 value 0; here a factor of ten is a sixth of the range.
+    A node that is missing is fed as entropy 1, like one that does not know.
+
+    Args:
+        entropies: Any shape, normalized entropies in [0, 1].
+
+    Returns:
+        Same shape, float32 in [0, 1].
+
+    Raises:
+        ScoreError: an entropy outside [0, 1] or NaN.
+    """
+    values = np.asarray(entropies, np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ScoreError("entropies must lie in [0, 1]")
+    features = np.log10(np.maximum(values, LEAST_ENTROPY)) / np.log10(LEAST_ENTROPY)
+    clipped: NDArray[np.float32] = np.clip(features, 0.0, 1.0).astype(np.float32)
+    return clipped

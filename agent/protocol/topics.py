@@ -54,6 +54,7 @@ class Topics:
         return f"{self.root}/dev/{device_id}/{leaf}"
 
     def sender(self, topic: str) -> str | None:
-        """Device id of a topic below `dev/`, None for any other topic."""
-        parts = topic.removeprefix(f"{self.root}/").split("/")
-        return parts[1] if len(parts) == 3 and parts[0] == "dev" else None
+        """Device id of a topic below this fleet's `dev/`, None for any other topic."""
+        before, _, leaf = topic.rpartition("/")
+        devices, _, device_id = before.rpartition("/")
+        return device_id if devices == f"{self.root}/dev" and device_id and leaf else None

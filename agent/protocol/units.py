@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -25,15 +27,24 @@ def parse_quantity(text: object, units: Mapping[str, float]) -> float:
         ValueError: not a number followed by one of the units; the message lists them.
     """
     match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
-    if match is None or match[2] not in units:
-        raise ValueError(f"expected a number with a unit ({', '.join(units)}), got {text!r}")
-    return float(match[1]) * units[match[2]]
+    if match is not None and match[2] in units:
+        value = float(match[1]) * units[match[2]]
+        if math.isfinite(value):
+            return value
+    given = repr(text)
+    given = given if len(given) <= 60 else f"{given[:57]}..."
+    hint = ""
+    if match is not None and match[2] not in units:
+        spelt = {unit.lower(): unit for unit in reversed(list(units))}
+        close = difflib.get_close_matches(match[2].lower()[:20], spelt, n=1, cutoff=0.6)
+        hint = f" (did you mean '{match[1]} {spelt[close[0]]}'?)" if close else ""
+    raise ValueError(f"expected a number with a unit ({', '.join(units)}), got {given}{hint}")
 
 
 def format_bytes(count: int) -> str:
     """Bytes for people, decimal as budgets are: 612352 -> '612.4 kB'."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
+        if count >= 0.99995 * size:  # 999 960 B are 1.0 MB, not 1000.0 kB
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
 
