@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import ScoreError
-from .plan import AnswerRule
+from .plan import AnswerRule, Fusion
 
 SUM_TOLERANCE = 1e-3
 
@@ -178,3 +178,56 @@ def entropy_features(entropies: ArrayLike) -> NDArray[np.float32]:
     features = np.log10(np.maximum(values, LEAST_ENTROPY)) / np.log10(LEAST_ENTROPY)
     clipped: NDArray[np.float32] = np.clip(features, 0.0, 1.0).astype(np.float32)
     return clipped
+
+
+def most_trusted(
+    fusion: Fusion,
+    entropies: ArrayLike,
+    confidences: ArrayLike,
+    known: ArrayLike,
+    trust: ArrayLike | None = None,
+) -> NDArray[np.int64]:
+    """Which of n answers to one input is believed: the one definition of the answer fusions.
+
+    A node that does not know is believed only where nobody knows: the decision is then "don't
+    know", and the most confident of them is its best guess. A node that is missing has no column
+    here; for `entropy_mlp` its outputs are left out of `trust` as well.
+
+    Equal values are told apart so that the order of arrival never matters: `min_entropy` by
+    confidence, `max_confidence` by entropy, `entropy_mlp` by entropy, then confidence; what is
+    equal in all of them goes to the first column.
+
+    Args:
+        fusion: `min_entropy` (lowest entropy wins), `max_confidence` (highest confidence wins) or
+            `entropy_mlp` (highest trust wins).
+        entropies: (N, n) normalized entropies, n >= 1.
+        confidences: (N, n) probability of each node's class.
+        known: (N, n) bool, False = don't know.
+        trust: (N, n) outputs of the network of `entropy_mlp`, None for the other rules.
+
+    Returns:
+        (N,) int64 columns.
+
+    Raises:
+        ScoreError: a rule that does not fuse answers, `trust` missing, or shapes that differ.
+    """
+    eta, certain = np.asarray(entropies, np.float32), np.asarray(confidences, np.float32)
+    unknown = ~np.asarray(known, bool)
+    shapes = [eta.shape, certain.shape, unknown.shape]
+    order: tuple[NDArray[np.float32], ...]
+    if fusion is Fusion.MIN_ENTROPY:
+        order = (eta, -certain)
+    elif fusion is Fusion.MAX_CONFIDENCE:
+        order = (-certain, eta)
+    elif fusion is Fusion.ENTROPY_MLP and trust is not None:
+        believe = np.asarray(trust, np.float32)
+        shapes.append(believe.shape)
+        if believe.shape == unknown.shape:
+            believe = np.where(unknown, np.float32(0), believe)
+        order = (-believe, eta, -certain)
+    else:
+        raise ScoreError(f"{fusion.value} cannot fuse answers from what it was given")
+    if eta.ndim != 2 or eta.shape[1] == 0 or len(set(shapes)) != 1:
+        raise ScoreError(f"expected arrays (N, n) of one shape with n >= 1, got {shapes}")
+    columns: NDArray[np.int64] = np.lexsort((*order[::-1], unknown), axis=-1)[:, 0]
+    return columns
