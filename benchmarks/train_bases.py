@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_bases vgg16_cifar10 lenet_mnist vgg16_cifar100
 
-Writes benchmarks/bases/NAME.npz (float16 weights, < 5 MB) and benchmarks/bases/NAME.log (JSON lines).
+Writes benchmarks/bases/NAME.npz (float16 weights, < 5 MB) and NAME.log beside it (JSON lines).
 The last 5 000 training images (500 of the small CIFAR-100 set) are never trained on: thresholds,
 pruning and aggregators are fitted on them.
 """
@@ -58,6 +58,7 @@ class Triangle(keras.optimizers.schedules.LearningRateSchedule):
         self.peak, self.steps = peak, steps
 
     def __call__(self, step: Any) -> Any:
+        """Learning rate of a step."""
         t = tf.cast(step, tf.float32) / self.steps
         return self.peak * tf.minimum(t / 0.2, tf.maximum((1 - t) / 0.8, 0.0))
 
