@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import keras
 
 CALIBRATION_SAMPLES = 256
-_CONTROL_FLOW = {"If", "StatelessIf", "StatelessWhile", "While"}
+_CONTROL_FLOW = {"Enter", "If", "LoopCond", "StatelessIf", "StatelessWhile", "Switch", "While"}
 
 
 def convert(
@@ -48,16 +49,18 @@ def convert(
 
     Raises:
         DataError: Calibration data has the wrong type, shape, or values.
-        UnsupportedLayer: Several inputs, a free dimension, or an operator that TFLite lacks.
+        UnsupportedLayer: Not a functional or sequential model, several inputs, a free dimension, a
+            loop, two outputs of one name, or an operator that TFLite lacks.
     """
     shape = _input_shape(model)
+    names = _output_names(model)
     if dtype == "int8":
         _check_calibration(calibration, shape)
     with captured_native_stderr(), warnings.catch_warnings():
         # Said of every full-integer conversion: the statistics come from the calibration set.
         warnings.filterwarnings("ignore", message="Statistics for quantized inputs")
         raw = _convert(model, shape, calibration if dtype == "int8" else None)
-    return finish(raw, metadata, model.inputs[0].name, tuple(model.output_names))
+    return finish(raw, metadata, model.inputs[0].name, names)
 
 
 def _convert(
@@ -79,10 +82,10 @@ def _convert(
     # Quantizing a loop does not fail, it takes the whole process down (segmentation fault).
     graph = frozen.graph.as_graph_def()
     nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
-    loops = [node.name for node in nodes if node.op in _CONTROL_FLOW]
+    loops = {node.name.split("/while")[0] for node in nodes if node.op in _CONTROL_FLOW}
     if loops:
         raise UnsupportedLayer(
-            f"a piece is a plain graph; model {model.name!r} has loops: {', '.join(loops)}",
+            f"a piece is a plain graph; model {model.name!r} has loops: {', '.join(sorted(loops))}",
             "build recurrent layers with unroll=True",
         )
     # The trackable object must be an empty module: with the Keras model there, int8 conversion
@@ -102,9 +105,11 @@ def _convert(
     try:
         return bytes(converter.convert())
     except ConverterError as error:
+        missing = sorted(set(re.findall(r"'tf\.(\w+)' op is neither", str(error))))
+        reason = f"it lacks {', '.join(missing)}" if missing else str(error).strip()
         raise UnsupportedLayer(
-            f"model {model.name!r} does not convert to TFLite: {str(error).strip()}",
-            "write the layer named above with operators that TFLite has",
+            f"model {model.name!r} does not convert to TFLite: {reason}",
+            "write the layer with operators that TFLite has",
         ) from None
 
 
@@ -115,6 +120,11 @@ def _spread(available: int) -> NDArray[np.intp]:
 
 
 def _input_shape(model: keras.Model) -> tuple[int, ...]:
+    if not getattr(model, "inputs", None):
+        raise UnsupportedLayer(
+            f"a piece is a graph of layers; model {model.name!r} is a subclass, or was never built",
+            "build it as keras.Model(inputs, outputs) or keras.Sequential with an Input",
+        )
     if len(model.inputs) != 1:
         names = ", ".join(tensor.name for tensor in model.inputs)
         raise UnsupportedLayer(
@@ -128,6 +138,17 @@ def _input_shape(model: keras.Model) -> tuple[int, ...]:
             "build the model with keras.Input of the shape that the device sees",
         )
     return shape
+
+
+def _output_names(model: keras.Model) -> tuple[str, ...]:
+    """Name each output as its layer, as `keras.Model.output_names` does (Sequential lacks it)."""
+    names = tuple(getattr(model, "output_names", None) or (model.layers[-1].name,))
+    if len(set(names)) < len(names):
+        raise UnsupportedLayer(
+            f"every output needs a name of its own; model {model.name!r} has {', '.join(names)}",
+            "let each output come from a layer of its own",
+        )
+    return names
 
 
 def _check_calibration(calibration: NDArray[np.float32], shape: tuple[int, ...]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ RUNTIMES = ("litert", "litert-optimized", "tflite-micro")
 MINIMUM_SAMPLES = 200
 MAXIMUM_LSB = 2
 FLOAT_LSB = 1e-5
+MAXIMUM_SQNR_LOSS_DB = 1.0
+MAXIMUM_ARGMAX_LOSS = 0.01
+MINIMUM_SQNR_DB = 10.0
 _SHOWN_SAMPLES = 5
 
 
@@ -40,6 +43,11 @@ class RuntimeAgreement:
         same_argmax_share: Share of samples with the same argmax, ties included, 0..1.
         ties: Samples whose best two reference values differ by at most MAXIMUM_LSB steps.
         ties_changed: Ties whose argmax differs from the reference's.
+        accepted_by: What it passed: "reference", the comparison with the reference kernels, or
+            "float-model", where that failed by accumulated rounding (see `verify`).
+        sqnr_db: Signal to quantization noise against the float model; None where `verify` was
+            given no expected outputs.
+        reference_sqnr_db: The same of the reference kernels.
     """
 
     runtime: str
@@ -51,6 +59,9 @@ class RuntimeAgreement:
     same_argmax_share: float
     ties: int
     ties_changed: int
+    accepted_by: Literal["reference", "float-model"] = "reference"
+    sqnr_db: float | None = None
+    reference_sqnr_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,7 @@ def verify(
     *,
     runtimes: Sequence[str] = RUNTIMES,
     score_outputs: Collection[str] | None = None,
+    expected: Mapping[str, NDArray[np.float32]] | None = None,
     max_lsb: float = MAXIMUM_LSB,
 ) -> Verification:
     """Refuse a piece that computes something else on a runtime than on LiteRT's reference kernels.
@@ -128,6 +140,15 @@ def verify(
        reference values are further apart than that must therefore have the very same argmax. The
        others are ties: counted, and counted again where the argmax did change.
 
+    LiteRT's faster kernels round elsewhere than the reference kernels, and over dozens of residual
+    layers the steps add up: on a trained ResNet-56 XNNPACK is up to 15 steps away while neither is
+    nearer to the float model. So where 1 or 2 fails on a LiteRT runtime and `expected` is given,
+    the output is accepted all the same if, against the float model, that runtime is as good
+    as the reference kernels: SQNR at most MAXIMUM_SQNR_LOSS_DB lower, argmax agreement at most
+    MAXIMUM_ARGMAX_LOSS lower, and the reference's own SQNR at least MINIMUM_SQNR_DB. The row says
+    so (`accepted_by`). A kernel that computes something else fails this by far. TFLite-Micro is
+    never excused.
+
     For "tflite-micro" the rules of `microcontroller_findings` are applied first, which name the
     layer. Rows of one runtime are x86-64's; on Arm, XNNPACK was seen to differ by 1 step in 2 % of
     rows, and the other kernels not at all.
@@ -138,6 +159,7 @@ def verify(
         runtimes: Names of RUNTIMES: what the piece's devices will use.
         score_outputs: Names of the outputs that hold scores over classes; by default every output
             of shape (1, C) with C >= 2.
+        expected: Output name -> (N, ...) float32, the Keras model's outputs for the same frames.
         max_lsb: Largest difference allowed, in steps.
 
     Raises:
@@ -148,6 +170,7 @@ def verify(
     info = tensors(tflite)
     _check_frames(frames, info.inputs[0], minimum=MINIMUM_SAMPLES)
     scores = _score_outputs(info.outputs, score_outputs)
+    _check_output_names(info.outputs, expected or ())
     unknown = [runtime for runtime in runtimes if runtime not in RUNTIMES]
     if unknown:
         raise DataError(f"unknown runtimes: {', '.join(unknown)}", f"known: {', '.join(RUNTIMES)}")
@@ -168,10 +191,27 @@ def verify(
             hints.append(error.hint or "")
             continue
         for detail in info.outputs:
-            expected, got = reference[detail.name], outputs[detail.name]
+            wanted, got = reference[detail.name], outputs[detail.name]
             agreement, complaints = _compare(
-                runtime, detail, expected, got, detail.name in scores, max_lsb
+                runtime, detail, wanted, got, detail.name in scores, max_lsb
             )
+            if expected is not None and detail.name in expected:
+                real = expected[detail.name]
+                own = _fidelity(detail, got, real)
+                golden = _fidelity(detail, wanted, real)
+                agreement = replace(
+                    agreement, sqnr_db=own.sqnr_db, reference_sqnr_db=golden.sqnr_db
+                )
+                if complaints and runtime != "tflite-micro":
+                    if _as_good(own, golden, detail.name in scores):
+                        agreement, complaints = replace(agreement, accepted_by="float-model"), []
+                    else:
+                        complaints.append(
+                            f"{runtime}, output {detail.name!r}: it is also further from the float "
+                            f"model than the reference kernels: {own.sqnr_db:.1f} dB against "
+                            f"{golden.sqnr_db:.1f} dB, argmax {own.argmax_agreement:.1%} against "
+                            f"{golden.argmax_agreement:.1%}"
+                        )
             agreements.append(agreement)
             findings += complaints
             if complaints:
@@ -202,27 +242,40 @@ def fidelity(
         DataError: Frames of another shape or type, or values that are not finite; unknown outputs.
     """
     info = tensors(tflite)
-    unknown = sorted(set(expected) - {detail.name for detail in info.outputs})
-    if unknown:
-        known = ", ".join(detail.name for detail in info.outputs)
-        raise DataError(f"unknown outputs: {', '.join(unknown)}", f"known: {known}")
+    _check_output_names(info.outputs, expected)
     got = infer(tflite, frames)
-    rows = []
-    for detail in info.outputs:
-        if detail.name in expected:
-            wanted = np.asarray(expected[detail.name], np.float64).reshape(len(frames), -1)
-            real = detail.dequantize(got[detail.name]).astype(np.float64).reshape(len(frames), -1)
-            noise = float(((wanted - real) ** 2).sum())
-            signal = float((wanted**2).sum())
-            rows.append(
-                Fidelity(
-                    output=detail.name,
-                    samples=len(frames),
-                    argmax_agreement=float((wanted.argmax(1) == real.argmax(1)).mean()),
-                    sqnr_db=_decibels(signal, noise),
-                )
-            )
-    return tuple(rows)
+    return tuple(
+        _fidelity(detail, got[detail.name], expected[detail.name])
+        for detail in info.outputs
+        if detail.name in expected
+    )
+
+
+def _fidelity(
+    detail: TensorDetail, stored: NDArray[Any], expected: NDArray[np.float32]
+) -> Fidelity:
+    if len(expected) != len(stored):
+        raise DataError(
+            f"output {detail.name!r}: {len(expected)} expected rows for {len(stored)} frames",
+            "pass the float model's outputs for these very frames",
+        )
+    wanted = np.asarray(expected, np.float64).reshape(len(stored), -1)
+    real = detail.dequantize(stored).astype(np.float64).reshape(len(stored), -1)
+    return Fidelity(
+        output=detail.name,
+        samples=len(stored),
+        argmax_agreement=float((wanted.argmax(1) == real.argmax(1)).mean()),
+        sqnr_db=_decibels(float((wanted**2).sum()), float(((wanted - real) ** 2).sum())),
+    )
+
+
+def _as_good(own: Fidelity, golden: Fidelity, is_scores: bool) -> bool:
+    argmax_loss = golden.argmax_agreement - own.argmax_agreement if is_scores else 0.0
+    return (
+        golden.sqnr_db >= MINIMUM_SQNR_DB
+        and own.sqnr_db >= golden.sqnr_db - MAXIMUM_SQNR_LOSS_DB
+        and argmax_loss <= MAXIMUM_ARGMAX_LOSS
+    )
 
 
 def _decibels(signal: float, noise: float) -> float:
@@ -297,11 +350,15 @@ def _score_outputs(
 ) -> Collection[str]:
     if chosen is None:
         return {d.name for d in outputs if len(d.shape) == 2 and d.shape[1] >= 2}
-    unknown = sorted(set(chosen) - {detail.name for detail in outputs})
+    _check_output_names(outputs, chosen)
+    return chosen
+
+
+def _check_output_names(outputs: Sequence[TensorDetail], names: Collection[str]) -> None:
+    unknown = sorted(set(names) - {detail.name for detail in outputs})
     if unknown:
         known = ", ".join(detail.name for detail in outputs)
         raise DataError(f"unknown outputs: {', '.join(unknown)}", f"known: {known}")
-    return chosen
 
 
 def _check_frames(frames: NDArray[np.float32], detail: TensorDetail, *, minimum: int = 1) -> None:
