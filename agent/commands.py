@@ -1,0 +1,342 @@
+"""The subcommands that every device has. Each one parses, calls one public function, and prints.
+
+Only click is imported here: a command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+DEFAULT_BUNDLE = Path("bundle")
+DEFAULT_FLEET = Path("fleet.yaml")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def read_address(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[str, int] | None:
+    """HOST:PORT, HOST, or [IPV6]:PORT as (host, port); port 1883 where none is given."""
+    if value is None:
+        return None
+    if value.startswith("["):
+        host, closed, rest = value[1:].partition("]")
+        port = "?" if not closed or rest[:1] not in ("", ":") else rest[1:]
+    elif value.count(":") > 1:
+        host, port = value, ""
+    else:
+        host, _, port = value.partition(":")
+    port = port or "1883"
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise click.BadParameter(
+            f"{value!r} is not HOST:PORT, for example 192.168.1.5:1883", ctx, param
+        )
+    return host, int(port)
+
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+bundle_option = click.option(
+    "--bundle",
+    type=FOLDER,
+    default=DEFAULT_BUNDLE,
+    envvar="SHOAL_BUNDLE",
+    show_default=True,
+    show_envvar=True,
+    help="Folder that `shoal export` wrote.",
+)
+broker_option = click.option(
+    "--broker",
+    metavar="HOST[:PORT]",
+    callback=read_address,
+    help="MQTT broker instead of the fleet file's.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def target_options(command: F) -> F:
+    """--bundle, --fleet and --broker of a command that talks to a fleet."""
+    options = [
+        click.option(
+            "--bundle",
+            type=FOLDER,
+            envvar="SHOAL_BUNDLE",
+            show_envvar=True,
+            help=f"Folder that `shoal export` wrote; by default {DEFAULT_BUNDLE}/ if it is there.",
+        ),
+        click.option(
+            "--fleet",
+            "fleet_file",
+            type=FILE,
+            help=f"Fleet file instead of the bundle's; by default {DEFAULT_FLEET} "
+            "where there is no bundle.",
+        ),
+        broker_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _sources(bundle: Path | None, fleet_file: Path | None) -> tuple[Path | None, Path | None]:
+    """The bundle and fleet file that are meant: what is named, else what lies here."""
+    if bundle is None and fleet_file is None:
+        if DEFAULT_BUNDLE.is_dir():
+            return DEFAULT_BUNDLE, None
+        if DEFAULT_FLEET.is_file():
+            return None, DEFAULT_FLEET
+    return bundle, fleet_file
+
+
+def _quiet() -> None:
+    """Keep the link's log lines off the terminal: the command shows the same faults itself."""
+    import logging
+
+    logging.getLogger("agent").addHandler(logging.NullHandler())
+
+
+@click.command()
+@click.argument("fleet", type=FILE, default=DEFAULT_FLEET)
+@json_option
+def check(fleet: Path, as_json: bool) -> None:
+    """Check a fleet file: every mistake, or devices and budgets."""
+    from agent.console import print_json, print_table, talk
+    from agent.protocol.fleet import load_fleet
+    from agent.protocol.units import format_bytes
+
+    found = load_fleet(fleet)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    print_table(
+        ("device", "kind", "tier", "runtime", "memory", "flash", "link", "role"),
+        [
+            {
+                "device": device.id,
+                "kind": device.kind.value,
+                "tier": device.tier,
+                "runtime": device.runtime.value,
+                "memory": format_bytes(device.memory_bytes),
+                "flash": None if device.flash_bytes is None else format_bytes(device.flash_bytes),
+                "link": f"{found.link_of(device).rate_bits_per_s / 1e6:g} Mbit/s, "
+                f"{found.link_of(device).latency_ms:g} ms",
+                "role": "aggregator" if device.id == found.aggregator else None,
+            }
+            for device in found.devices
+        ],
+        right=("tier", "memory", "flash"),
+    )
+    talk(
+        f"{fleet}: fleet {found.fleet!r}, {len(found.devices)} devices, broker "
+        f"{found.broker.host}:{found.broker.port}, deadline {found.deadline_ms:g} ms: no mistakes"
+    )
+
+
+@click.command()
+@bundle_option
+@broker_option
+@click.option("--private-broker", is_flag=True, help="Start a broker of our own on a free port.")
+@click.option(
+    "--timeout", "timeout_s", type=float, default=60.0, show_default=True,
+    help="Seconds until every device must be online.",
+)  # fmt: skip
+@json_option
+def up(
+    bundle: Path,
+    broker: tuple[str, int] | None,
+    private_broker: bool,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Run every device of a bundle on this machine, until Ctrl-C.
+
+    Each device is a process. Starts a broker too where none runs at the fleet file's address. A device that crashes is
+    started again; one that ends with a mistake in its input is reported.
+    """
+    import signal
+    import threading
+
+    from agent.console import print_json, talk
+    from agent.up import FleetProcesses
+
+    def stop(*_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(0)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    fleet = FleetProcesses(
+        bundle,
+        broker=broker,
+        private_broker=private_broker,
+        on_line=lambda device, line: talk(f"[{device}] {line}"),
+    )
+    with fleet:
+        if fleet.broker is not None:
+            talk(f"started {fleet.broker.kind} on {fleet.broker.host}:{fleet.broker.port}")
+            if fleet.broker.notice is not None:
+                talk(fleet.broker.notice)
+        rows = fleet.describe(fleet.wait_ready(timeout_s))
+        if as_json:
+            print_json({"broker": str(fleet.target.broker), "devices": rows})
+        else:
+            _print_devices(rows)
+            for device in fleet.idle:
+                talk(f"{device.id} has no part in this plan: not started")
+            talk(f"fleet {fleet.target.fleet.fleet!r} is up at {fleet.target.broker}; Ctrl-C stops")
+        last = None
+        for ended, restart_s in fleet.supervise(threading.Event()):
+            last = ended
+            again = "not started again" if restart_s is None else f"again in {restart_s:g} s"
+            if as_json:
+                print_json({"ended": ended.device, "status": ended.status, "again_s": restart_s})
+            talk(f"{ended.text()}\n  {again}")
+    if last is not None:
+        talk("no device runs any more")
+        raise SystemExit(int(last.exit_code))
+
+
+def _print_devices(rows: list[dict[str, Any]]) -> None:
+    from agent.console import print_table
+
+    shown = [
+        row | {"nodes": ", ".join(row["nodes"]), "stands in": row["simulates"] or None}
+        for row in rows
+    ]
+    columns = ("device", "kind", "tier", "pid", "runtime", "nodes", "stands in")
+    print_table(columns, shown, right=("tier", "pid"))
+
+
+@click.command()
+@target_options
+@click.option("--once", is_flag=True, help="Print what is known now, and end.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line an event.")
+def monitor(
+    bundle: Path | None,
+    fleet_file: Path | None,
+    broker: tuple[str, int] | None,
+    once: bool,
+    as_json: bool,
+) -> None:
+    """Watch a fleet: devices, rates, decisions, who is missing."""
+    import time
+
+    from agent.console import console, print_json
+    from agent.monitor.events import as_json as event_as_json
+    from agent.monitor.state import apply_all, initial, snapshot
+    from agent.monitor.view import render
+    from agent.monitor.watch import Watcher
+    from agent.target import open_target
+
+    _quiet()
+    target = open_target(*_sources(bundle, fleet_file), broker)
+    state = initial(target.fleet, target.names, time.time())
+    with Watcher(target) as watcher:
+        retained = watcher.take_retained()
+        state = apply_all(retained, state)
+        if once:
+            now_s = time.time()
+            if as_json:
+                print_json(snapshot(state, now_s))
+            else:
+                console().print(render(state, now_s))
+        elif as_json:
+            events = retained
+            while True:
+                for event in events:
+                    print_json(event_as_json(event, target.names))
+                events = watcher.take(1.0)
+        else:
+            _watch_live(watcher, state)
+
+
+def _watch_live(watcher: Any, state: Any) -> None:
+    import time
+
+    from rich.live import Live
+
+    from agent.console import console
+    from agent.monitor.state import apply_all
+    from agent.monitor.view import render
+
+    terminal = console()
+    frame_s = 0.25
+    with Live(render(state, time.time()), console=terminal, auto_refresh=False) as live:
+        next_s = time.monotonic()
+        while True:
+            state = apply_all(watcher.take(max(0.0, next_s - time.monotonic())), state)
+            if time.monotonic() >= next_s:
+                live.update(render(state, time.time()), refresh=True)
+                next_s = time.monotonic() + frame_s
+
+
+@click.command()
+@target_options
+@click.option("--count", type=click.IntRange(min=1), help="End after this many messages.")
+@click.option("--values", is_flag=True, help="With --json: tensors with their values.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line a message.")
+def sub(
+    bundle: Path | None,
+    fleet_file: Path | None,
+    broker: tuple[str, int] | None,
+    count: int | None,
+    values: bool,
+    as_json: bool,
+) -> None:
+    """Print every message of a fleet, the binary ones decoded."""
+    import time
+
+    from agent.console import print_json, talk
+    from agent.monitor.events import Connection, as_text
+    from agent.monitor.events import as_json as event_as_json
+    from agent.monitor.watch import Watcher
+    from agent.target import open_target
+
+    _quiet()
+    target = open_target(*_sources(bundle, fleet_file), broker)
+    left = count
+    with Watcher(target) as watcher:
+        dropped = 0
+        while left is None or left > 0:
+            for event in watcher.take(1.0)[:left]:
+                if isinstance(event.content, Connection):
+                    talk(event.content.text)
+                    continue
+                if as_json:
+                    print_json(event_as_json(event, target.names, values=values))
+                else:
+                    clock = time.strftime("%H:%M:%S", time.localtime(event.at_s))
+                    click.echo(
+                        f"{clock}.{int(event.at_s * 1e3) % 1000:03d} {as_text(event, target.names)}"
+                    )
+                left = None if left is None else left - 1
+            if watcher.dropped > dropped:
+                dropped = watcher.dropped
+                talk(f"{dropped} messages came too fast and are not shown")
+
+
+@click.command()
+@target_options
+@json_option
+def doctor(
+    bundle: Path | None, fleet_file: Path | None, broker: tuple[str, int] | None, as_json: bool
+) -> None:
+    """Check machine, bundle and broker; name the next command."""
+    from agent.console import print_finding, print_json
+    from agent.doctor import examine, worst
+
+    _quiet()
+    findings = []
+    for finding in examine(*_sources(bundle, fleet_file), broker):
+        findings.append(finding)
+        if not as_json:
+            print_finding(finding.level.value, finding.check, finding.text, finding.hint)
+    if as_json:
+        print_json({"findings": [f.as_json() for f in findings], "exit_code": worst(findings)})
+    raise SystemExit(int(worst(findings)))
