@@ -2,8 +2,15 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from agent.broker import Broker, find_mosquitto, start_broker
+
+# The same examples in every run; how long one takes on a busy machine decides nothing.
+settings.register_profile(
+    "shoal", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("shoal")
 
 
 class Mosquitto:

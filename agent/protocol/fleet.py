@@ -490,6 +490,7 @@ def _cross_findings(root: yaml.Node, data: Any) -> Iterator[_Finding]:
     devices = devices if isinstance(devices, list) else []
     first: dict[str, int] = {}
     tiers: dict[str, object] = {}
+    numbers = [_tier_number(d.get("tier", 0)) if isinstance(d, dict) else None for d in devices]
     for i, device in enumerate(devices):
         if not isinstance(device, dict):
             continue
@@ -500,16 +501,16 @@ def _cross_findings(root: yaml.Node, data: Any) -> Iterator[_Finding]:
         if name in first:
             yield _at(found, f"device id {_short(name)} is already given in line {first[name]}")
         first.setdefault(name, found.start_mark.line + 1)
-        tiers.setdefault(name, _tier_number(device.get("tier", 0)))
+        tiers.setdefault(name, numbers[i])
     named = _place(root, "aggregator")
     aggregator = data.get("aggregator")
-    if named is not None and isinstance(aggregator, str):
+    if named is not None and isinstance(aggregator, str) and first:
         if aggregator not in first:
             hint = _did_you_mean(aggregator, list(first))
             yield _at(named, f"aggregator {_short(aggregator)} is not among the devices{hint}")
         elif tiers[aggregator] == 0:
             yield _at(named, f"aggregator {_short(aggregator)} must be on a tier above 'device'")
-    if tiers and all(isinstance(tier, int) and tier > 0 for tier in tiers.values()):
+    if numbers and all(type(number) is int and number > 0 for number in numbers):
         yield _at(_place(root, "devices") or root, _NO_WORKER)
 
 
