@@ -155,8 +155,8 @@ def up(
 ) -> None:
     """Run every device of a bundle on this machine, until Ctrl-C.
 
-    Each device is a process. Starts a broker too where none runs at the fleet file's address. A device that crashes is
-    started again; one that ends with a mistake in its input is reported.
+    Each device is a process. Starts a broker too where none runs at the fleet file's address. A
+    device that crashes is started again; one that ends with a mistake in its input is reported.
     """
     import signal
     import threading

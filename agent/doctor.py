@@ -29,7 +29,7 @@ from agent.protocol.messages import DeviceInfo, Status
 from agent.protocol.plan import FRAME
 from agent.target import Target, open_target
 
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 3.0
 ECHO_TIMEOUT_S = 2.0
 OLDEST_PYTHON = (3, 10)
 

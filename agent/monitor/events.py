@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from agent.protocol.errors import WireError
 from agent.protocol.manifest import Manifest
 from agent.protocol.messages import (
@@ -219,11 +221,25 @@ def _body(content: Message, names: Names, values: bool) -> dict[str, Any]:
     if tensor is None:
         return body | {"shape": None}
     body |= {"shape": list(tensor.shape), "dtype": tensor.dtype.name}
-    return body | {"values": tensor.tolist()} if values else body
+    if values:
+        # JSON has no NaN and no infinity.
+        numbers = tensor.astype(object)
+        numbers[~np.isfinite(tensor.astype(np.float32))] = None
+        body["values"] = numbers.tolist()
+    return body
+
+
+def printable(text: str) -> str:
+    """Text from the wire without characters that could steer a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def as_text(event: Event, names: Names) -> str:
     """An event as one line for people, without its time."""
+    return printable(_line(event, names))
+
+
+def _line(event: Event, names: Names) -> str:
     content = event.content
     if isinstance(content, Connection):
         return content.text

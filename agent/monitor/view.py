@@ -12,10 +12,14 @@ from rich.text import Text
 from agent.protocol.messages import Status
 from agent.protocol.units import format_bytes
 
-from .events import decision_label
+from .events import decision_label, printable
 from .state import DeviceState, FleetState, SeenDecision
 
 _STYLES = {Status.ONLINE: "green", Status.UPDATING: "yellow", Status.OFFLINE: "red"}
+
+
+def _text(content: str, style: str = "") -> Text:
+    return Text(printable(content), style)
 
 
 def render(state: FleetState, now_s: float) -> Group:
@@ -26,11 +30,11 @@ def render(state: FleetState, now_s: float) -> Group:
         now_s: Seconds since 1970, for the rates.
     """
     parts: list[Text | Table] = [_headline(state, now_s), _devices(state, now_s)]
-    parts.append(_decisions(state) if state.decisions else Text("no decision yet", "dim"))
+    parts.append(_decisions(state) if state.decisions else _text("no decision yet", "dim"))
     if state.last_rejected is not None:
-        parts.append(Text(f"{state.rejected} rejected; last: {state.last_rejected}", "yellow"))
+        parts.append(_text(f"{state.rejected} rejected; last: {state.last_rejected}", "yellow"))
     if state.problem is not None:
-        parts.append(Text(state.problem, "bold red"))
+        parts.append(_text(state.problem, "bold red"))
     return Group(*parts)
 
 
@@ -61,14 +65,14 @@ def _devices(state: FleetState, now_s: float) -> Table:
     for device in state.devices.values():
         stats = device.stats
         table.add_row(
-            device.id,
-            device.kind or Text("not in the fleet file", "yellow"),
+            _text(device.id),
+            device.kind or _text("not in the fleet file", "yellow"),
             "-" if device.tier is None else str(device.tier),
             _status(device),
             _runs(device, state),
             f"{device.rate.per_second(now_s):.1f}",
             str(device.parts),
-            Text(str(device.missed), "yellow" if device.missed else ""),
+            _text(str(device.missed), "yellow" if device.missed else ""),
             "-" if stats is None else f"{stats.inference_ms_p50:.2f} ms",
             "-" if stats is None else format_bytes(stats.memory_bytes),
             _last_answer(device, state),
@@ -78,15 +82,15 @@ def _devices(state: FleetState, now_s: float) -> Table:
 
 def _status(device: DeviceState) -> Text:
     if device.status is None:
-        return Text("never seen", "yellow")
-    return Text(device.status.value, _STYLES[device.status])
+        return _text("never seen", "yellow")
+    return _text(device.status.value, _STYLES[device.status])
 
 
 def _runs(device: DeviceState, state: FleetState) -> Text:
     info = device.info
     if info is None:
-        return Text("-")
-    text = Text(f"{', '.join(info.nodes) or 'no node'} on {info.runtime}")
+        return _text("-")
+    text = _text(f"{', '.join(info.nodes) or 'no node'} on {info.runtime}")
     if info.simulated:
         text.append(" (simulated)", "cyan")
     if state.names.plan and info.plan != state.names.plan:
@@ -97,11 +101,11 @@ def _runs(device: DeviceState, state: FleetState) -> Text:
 def _last_answer(device: DeviceState, state: FleetState) -> Text:
     answer = device.last_answer
     if answer is None:
-        return Text("-")
+        return _text("-")
     if not answer.known:
-        return Text("don't know", "dim")
+        return _text("don't know", "dim")
     label = state.names.label(answer.header, answer.class_index)
-    return Text(f"{label!r} {answer.entropy:.3f}")
+    return _text(f"{label!r} {answer.entropy:.3f}")
 
 
 def _decisions(state: FleetState) -> Table:
@@ -118,11 +122,11 @@ def _decision_cells(seen: SeenDecision) -> list[Text]:
     decision = seen.decision
     entropies = "  ".join(f"{node} {value:.2f}" for node, value in decision.entropies.items())
     return [
-        Text(time.strftime("%H:%M:%S", time.localtime(seen.at_s))),
-        Text(decision_label(decision), "" if decision.label is None else "bold"),
-        Text(f"{decision.entropy:.3f}"),
-        Text(str(decision.tier)),
-        Text(f"{decision.latency.total_ms:.1f} ms"),
-        Text(entropies or "-"),
-        Text(", ".join(decision.missing) or "-", "yellow" if decision.missing else ""),
+        _text(time.strftime("%H:%M:%S", time.localtime(seen.at_s))),
+        _text(decision_label(decision), "" if decision.label is None else "bold"),
+        _text(f"{decision.entropy:.3f}"),
+        _text(str(decision.tier)),
+        _text(f"{decision.latency.total_ms:.1f} ms"),
+        _text(entropies or "-"),
+        _text(", ".join(decision.missing) or "-", "yellow" if decision.missing else ""),
     ]

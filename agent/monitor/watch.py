@@ -12,7 +12,7 @@ from agent.target import Target
 
 from .events import Connection, Event, read_event
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 3.0
 RETAINED_TIMEOUT_S = 2.0
 QUEUE_MESSAGES = 20_000
 
