@@ -82,7 +82,8 @@ def examine(
     yield from _python()
     yield from _packages()
     yield from _mosquitto()
-    yield from _serial_ports()
+    if importlib.util.find_spec("serial") is not None:
+        yield from serial_ports()
     manifest = None
     if bundle is not None:
         manifest = yield from _manifest(bundle)
@@ -182,11 +183,9 @@ def _mosquitto() -> Iterator[Finding]:
         )
 
 
-def _serial_ports() -> Iterator[Finding]:
+def serial_ports(folder: str = "/dev") -> Iterator[Finding]:
     """Serial microcontrollers need ports that this user may open."""
-    if importlib.util.find_spec("serial") is None:
-        return
-    ports = sorted(path for kind in ("ttyUSB", "ttyACM") for path in glob(f"/dev/{kind}*"))
+    ports = sorted(path for kind in ("ttyUSB", "ttyACM") for path in glob(f"{folder}/{kind}*"))
     for port in ports:
         if os.access(port, os.R_OK | os.W_OK):
             yield _ok("serial", port)
