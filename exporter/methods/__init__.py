@@ -1,0 +1,1 @@
+"""The methods that spread one inference, one folder each: model, data, fleet -> plan."""

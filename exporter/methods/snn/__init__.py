@@ -1,0 +1,1 @@
+"""Edge^nAI: small networks pruned to a share of the classes each, fused by their entropies."""
