@@ -1,0 +1,278 @@
+"""Ask a fleet for decisions: send a frame, wait for the decision that names the same request."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import threading
+import time
+from collections import OrderedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.link import BrokerAddress, Fault, Link
+from agent.protocol.errors import DataError, DeviceUnreachable, WireError
+from agent.protocol.fleet import Fleet
+from agent.protocol.manifest import Manifest
+from agent.protocol.messages import (
+    Decision,
+    Header,
+    Request,
+    Status,
+    decode_text,
+    encode,
+)
+from agent.protocol.topics import Topics
+
+CONNECT_TIMEOUT_S = 10.0
+ONLINE_TIMEOUT_S = 2.0
+"""How long the aggregator's retained status may take after connecting."""
+MARGIN_S = 2.0
+"""Beyond a request's deadline: time for the decision's way, before it counts as lost."""
+REMEMBERED_REQUESTS = 4096
+
+
+class Pending:
+    """A request on its way; `result` waits for its decision.
+
+    Attributes:
+        request: Its id, as decisions show it.
+        sent_s, decided_s: When it was sent, when its decision came (None before), on the
+            monotonic clock.
+    """
+
+    def __init__(self, asker: Asker, request: str, timeout_s: float) -> None:
+        self.request = request
+        self.sent_s = time.monotonic()
+        self.decided_s: float | None = None
+        self._asker = asker
+        self._expires_s = self.sent_s + timeout_s
+        self._timeout_s = timeout_s
+        self._decided = threading.Event()
+        self._decision: Decision | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the decision is there."""
+        return self._decided.is_set()
+
+    @property
+    def expired(self) -> bool:
+        """Whether it has ended without a decision."""
+        return not self.done and time.monotonic() > self._expires_s
+
+    @property
+    def round_trip_ms(self) -> float:
+        """From sending the request to its decision, milliseconds; NaN before that."""
+        return math.nan if self.decided_s is None else (self.decided_s - self.sent_s) * 1e3
+
+    def result(self) -> Decision:
+        """The decision; waits for it at most until the request's time is over.
+
+        Raises:
+            DeviceUnreachable: no decision came in that time; says who was to make it.
+        """
+        if not self._decided.wait(max(0.0, self._expires_s - time.monotonic())):
+            raise self._asker.no_decision(self.request, self._timeout_s)
+        assert self._decision is not None
+        return self._decision
+
+    def settle(self, decision: Decision) -> None:
+        """Hand the decision over; called on the network thread."""
+        self.decided_s = time.monotonic()
+        self._decision = decision
+        self._decided.set()
+
+
+class Asker:
+    """A session with a fleet; any number of requests may be under way. Use it in a `with` block.
+
+    Args:
+        manifest: Of the bundle that the fleet runs.
+        fleet: Its fleet.
+        address: The broker.
+
+    Attributes:
+        surplus: Decisions that came for a request which had one already.
+    """
+
+    def __init__(self, manifest: Manifest, fleet: Fleet, address: BrokerAddress) -> None:
+        self.manifest = manifest
+        self.fleet = fleet
+        self.surplus = 0
+        self._topics = Topics(fleet.fleet)
+        self._plan = int(manifest.plan_id, 16)
+        self._boot = secrets.randbits(32)
+        self._count = 0
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._pending: OrderedDict[str, Pending] = OrderedDict()
+        self._decided: OrderedDict[str, None] = OrderedDict()
+        self._statuses: dict[str, Status] = {}
+        self._failure: Fault | None = None
+        client_id = f"ask-{os.getpid()}-{self._boot:08x}"
+        self._link = Link(address, client_id, on_fault=self._on_fault)
+        self._link.subscribe(self._topics.decision, self._on_decision)
+        for device in {s.aggregator.device for s in manifest.plan.strategies}:
+            topic = self._topics.device(device, "status")
+            self._link.subscribe(topic, self._on_status, qos=1)
+
+    def start(self) -> None:
+        """Connect, and see whether there is anybody who decides.
+
+        Raises:
+            DeviceUnreachable: no broker, or no aggregator is online; the hint is the next command.
+        """
+        self._link.start(CONNECT_TIMEOUT_S)
+        device = self._aggregator(0)
+        with self._changed:
+            online = self._changed.wait_for(
+                lambda: self._statuses.get(device) is Status.ONLINE, ONLINE_TIMEOUT_S
+            )
+        if not online:
+            self._link.stop()
+            raise DeviceUnreachable(
+                f"no aggregator is online: {self._how_is(device)}", _start_line(device)
+            )
+
+    def stop(self) -> None:
+        """Disconnect. Requests under way stay without a decision."""
+        self._link.stop()
+
+    def __enter__(self) -> Asker:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def submit(
+        self,
+        frame: NDArray[np.generic] | None,
+        *,
+        deadline_ms: float | None = None,
+        strategy: int = 0,
+    ) -> Pending:
+        """Send a request and return at once.
+
+        Args:
+            frame: Shape and dtype of the manifest's FrameSpec; None: every device reads its sensor.
+            deadline_ms: Time the fleet has; by default the fleet file's.
+            strategy: Index into the plan's strategies.
+
+        Raises:
+            DataError: the frame has another shape or dtype.
+            DeviceUnreachable: there is no connection to the broker.
+        """
+        self._check(frame)
+        whole_ms = max(1, math.ceil(self.fleet.deadline_ms if deadline_ms is None else deadline_ms))
+        with self._lock:
+            self._count += 1
+            number = self._boot << 32 | self._count & 0xFFFFFFFF
+            for name in [name for name, item in self._pending.items() if item.expired]:
+                del self._pending[name]
+            pending = Pending(self, f"{number:016x}", whole_ms / 1e3 + MARGIN_S)
+            self._pending[pending.request] = pending
+        request = Request(Header(self._plan, number, self._boot, strategy), whole_ms, frame)
+        if not self._link.publish(self._topics.request, encode(request)):
+            with self._lock:
+                self._pending.pop(pending.request, None)
+            if self._failure is not None:
+                raise DeviceUnreachable(self._failure.message, self._failure.hint)
+            raise DeviceUnreachable(
+                f"request {pending.request} was not sent: there is no connection to the broker "
+                f"at {self._link.address}, or it takes nothing",
+                "run: shoal doctor",
+            )
+        return pending
+
+    def ask(
+        self,
+        frame: NDArray[np.generic] | None,
+        *,
+        deadline_ms: float | None = None,
+        strategy: int = 0,
+    ) -> Decision:
+        """Send a request and wait for its decision. Raises as `submit` and `Pending.result`."""
+        return self.submit(frame, deadline_ms=deadline_ms, strategy=strategy).result()
+
+    def no_decision(self, request: str, timeout_s: float) -> DeviceUnreachable:
+        """The error for a request that nobody decided."""
+        device = self._aggregator(0)
+        with self._lock:
+            self._pending.pop(request, None)
+            return DeviceUnreachable(
+                f"no decision on request {request} within {timeout_s:g} s; {self._how_is(device)}",
+                "see who answers: shoal monitor"
+                if self._statuses.get(device) is Status.ONLINE
+                else _start_line(device),
+            )
+
+    def _aggregator(self, strategy: int) -> str:
+        return self.manifest.plan.strategies[strategy].aggregator.device
+
+    def _how_is(self, device: str) -> str:
+        status = self._statuses.get(device)
+        said = "has never been online here" if status is None else f"says it is {status.value}"
+        return f"device {device!r}, which decides, {said}"
+
+    def _check(self, frame: NDArray[np.generic] | None) -> None:
+        spec = self.manifest.frame
+        if frame is not None and (frame.shape != spec.shape or frame.dtype != spec.dtype):
+            raise DataError(
+                f"a frame of this plan is {spec.dtype} {spec.shape}, "
+                f"not {frame.dtype.name} {frame.shape}"
+            )
+
+    # On the network thread.
+
+    def _on_fault(self, fault: Fault) -> None:
+        if fault.final:
+            self._failure = fault
+
+    def _on_status(self, topic: str, payload: bytes) -> None:
+        device = self._topics.sender(topic)
+        try:
+            status = Status.decode(payload)
+        except WireError:
+            return
+        if device is not None:
+            with self._changed:
+                self._statuses[device] = status
+                self._changed.notify_all()
+
+    def _on_decision(self, topic: str, payload: bytes) -> None:
+        try:
+            decision = decode_text(Decision, payload)
+        except WireError:
+            return
+        if decision.plan != self.manifest.plan_id:
+            return
+        with self._lock:
+            pending = self._pending.pop(decision.request, None)
+            if pending is None:
+                self.surplus += decision.request in self._decided
+                return
+            self._decided[decision.request] = None
+            if len(self._decided) > REMEMBERED_REQUESTS:
+                self._decided.popitem(last=False)
+        pending.settle(decision)
+
+
+def ask(
+    manifest: Manifest,
+    fleet: Fleet,
+    address: BrokerAddress,
+    frame: NDArray[np.generic] | None,
+    *,
+    deadline_ms: float | None = None,
+) -> Decision:
+    """Connect, ask once, disconnect. Raises as `Asker.start` and `Asker.ask`."""
+    with Asker(manifest, fleet, address) as asker:
+        return asker.ask(frame, deadline_ms=deadline_ms)
+
+
+def _start_line(device: str) -> str:
+    return f"start it: shoal run --device {device} (or the whole fleet: shoal up)"

@@ -1,0 +1,97 @@
+"""The fusions: how a node joins what it hears. The order of arrival never matters.
+
+Mappings are keyed by position in the node's `listens_to`; who is absent has no entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.protocol.messages import Answer
+from agent.protocol.plan import Fusion
+from agent.protocol.scores import entropy_features, most_trusted
+
+
+def mlp_input(answers: Mapping[int, Answer], nodes: int) -> NDArray[np.float32]:
+    """What the network of `entropy_mlp` reads: (nodes,) float32, 0 for who is absent."""
+    entropies = np.ones(nodes, np.float32)
+    for position, answer in answers.items():
+        entropies[position] = answer.entropy
+    return entropy_features(entropies)
+
+
+def believed(
+    fusion: Fusion, answers: Mapping[int, Answer], trust: NDArray[np.float32] | None = None
+) -> int:
+    """The position whose answer is believed, by `agent.protocol.scores.most_trusted`.
+
+    Args:
+        fusion: `min_entropy`, `max_confidence` or `entropy_mlp`.
+        answers: At least one.
+        trust: (nodes,) outputs of the network for `entropy_mlp`.
+
+    Raises:
+        ScoreError: not a fusion of answers, or no answer.
+    """
+    positions = sorted(answers)
+    rows = [answers[position] for position in positions]
+    column = most_trusted(
+        fusion,
+        [[answer.entropy for answer in rows]],
+        [[answer.confidence for answer in rows]],
+        [[answer.known for answer in rows]],
+        None if trust is None else trust[np.newaxis, positions],
+    )
+    return positions[int(column[0])]
+
+
+def fuse_tensors(
+    fusion: Fusion,
+    values: Mapping[int, NDArray[np.float32]],
+    shapes: Sequence[tuple[int, ...]],
+) -> NDArray[np.float32]:
+    """Join scores or features (DDNN, Teerapittayanon et al. 2017, section III-B).
+
+    Args:
+        fusion: `max`, `mean` and `sum` go over those present; `concat` joins along the last axis
+            and has zeros for who is absent.
+        values: float32 arrays, at least one, each of its node's shape.
+        shapes: Shape of each node, present or not.
+
+    Returns:
+        float32, of the shape that `fused_shape` says.
+
+    Raises:
+        ValueError: a fusion of answers, or nobody is present.
+    """
+    if not values:
+        raise ValueError("nothing to fuse")
+    if fusion is Fusion.CONCAT:
+        parts = [
+            values[position] if position in values else np.zeros(shape, np.float32)
+            for position, shape in enumerate(shapes)
+        ]
+        return np.concatenate(parts, axis=-1)
+    stacked = np.stack([values[position] for position in sorted(values)])
+    fused: NDArray[np.float32]
+    if fusion is Fusion.MAX:
+        fused = stacked.max(axis=0)
+    elif fusion is Fusion.MEAN:
+        fused = stacked.mean(axis=0, dtype=np.float32)
+    elif fusion is Fusion.SUM:
+        fused = stacked.sum(axis=0, dtype=np.float32)
+    else:
+        raise ValueError(f"{fusion.value} fuses answers, not tensors")
+    return fused
+
+
+def fused_shape(fusion: Fusion, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Shape of what `fuse_tensors` returns; None if these shapes cannot be fused."""
+    if fusion is Fusion.CONCAT:
+        if len({shape[:-1] for shape in shapes}) != 1 or not shapes[0]:
+            return None
+        return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+    return shapes[0] if len(set(shapes)) == 1 else None

@@ -1,0 +1,62 @@
+"""Real numbers to int8 and back, and raw frames to a piece's input: one definition for all.
+
+real = scale * (stored - zero_point), all in float32. Quantizing rounds halves to even, as LiteRT's
+default QUANTIZE kernel (XNNPACK) does: stored = clip(rint(real / scale) + zero_point).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .manifest import FrameSpec, TensorSpec
+
+INT8_MIN, INT8_MAX = -128, 127
+
+
+def frame_to_real(frame: NDArray[np.generic], spec: FrameSpec) -> NDArray[np.float32]:
+    """A raw frame as the real numbers that a piece was trained on: frame * scale + offset.
+
+    Args:
+        frame: (..., C) uint8 or float32, channels last.
+        spec: Scale and offset, one number or one a channel.
+
+    Returns:
+        Same shape, float32; each step is rounded to float32.
+    """
+    scale = np.asarray(spec.scale, np.float32)
+    offset = np.asarray(spec.offset, np.float32)
+    real: NDArray[np.float32] = np.asarray(frame, np.float32) * scale + offset
+    return real
+
+
+def quantize(real: NDArray[np.float32], spec: TensorSpec) -> NDArray[np.int8]:
+    """Real numbers as the int8 values that an input stores; halves round to even.
+
+    Args:
+        real: Any shape, float32, finite.
+        spec: An int8 tensor's scale and zero point.
+
+    Returns:
+        Same shape, int8; what does not fit is clipped.
+    """
+    steps = np.rint(np.asarray(real, np.float32) / np.float32(spec.scale)) + spec.zero_point
+    stored: NDArray[np.int8] = np.clip(steps, INT8_MIN, INT8_MAX).astype(np.int8)
+    return stored
+
+
+def dequantize(stored: NDArray[np.generic], spec: TensorSpec) -> NDArray[np.float32]:
+    """The real numbers of an output: scale * (stored - zero_point), or float32 as it is.
+
+    Args:
+        stored: Any shape, int8 or float32 as `spec.dtype` says.
+        spec: The tensor's type, scale and zero point.
+
+    Returns:
+        Same shape, float32.
+    """
+    if spec.dtype == "float32":
+        return np.asarray(stored, np.float32)
+    steps = np.asarray(stored, np.float32) - np.float32(spec.zero_point)
+    real: NDArray[np.float32] = steps * np.float32(spec.scale)
+    return real
