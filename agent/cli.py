@@ -80,7 +80,7 @@ class ShoalGroup(click.Group):
                 rows.append((name, f"({missing or error})"))
                 continue
             if command is not None and not command.hidden:
-                rows.append((name, command.get_short_help_str(formatter.width)))
+                rows.append((name, command.get_short_help_str(300)))
         if rows:
             with formatter.section("Commands"):
                 formatter.write_dl(rows)

@@ -138,6 +138,39 @@ def check(fleet: Path, as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--device", required=True, help="Id of this device in the fleet file.")
+@bundle_option
+@broker_option
+def run(device: str, bundle: Path, broker: tuple[str, int] | None) -> None:
+    """Run one device's part of a bundle's plan, until stopped.
+
+    SIGTERM ends it with a goodbye to the fleet and exit code 0, Ctrl-C with 130.
+    """
+    import logging
+    import signal
+    import threading
+
+    from agent.console import talk
+    from agent.device import run_device
+    from agent.target import open_target
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    target = open_target(bundle, None, broker)
+    run_device(
+        bundle,
+        device,
+        target.broker,
+        stop=stop,
+        on_ready=lambda info: talk(
+            f"{device} is online at {target.broker}: runs {', '.join(info.nodes)} on {info.runtime}"
+            + (" (simulated)" if info.simulated else "")
+        ),
+    )
+
+
+@click.command()
 @bundle_option
 @broker_option
 @click.option("--private-broker", is_flag=True, help="Start a broker of our own on a free port.")
@@ -211,6 +244,66 @@ def _print_devices(rows: list[dict[str, Any]]) -> None:
     ]
     columns = ("device", "kind", "tier", "pid", "runtime", "nodes", "stands in")
     print_table(columns, shown, right=("tier", "pid"))
+
+
+@click.command()
+@click.argument("frame", metavar="INPUT", type=FILE)
+@bundle_option
+@broker_option
+@click.option("--index", type=click.IntRange(min=0), help="Which frame of a file with several.")
+@click.option(
+    "--deadline",
+    "deadline_ms",
+    type=click.IntRange(min=1),
+    metavar="MS",
+    help="Milliseconds that the fleet has; by default the fleet file's deadline.",
+)
+@json_option
+def infer(
+    frame: Path,
+    bundle: Path,
+    broker: tuple[str, int] | None,
+    index: int | None,
+    deadline_ms: int | None,
+    as_json: bool,
+) -> None:
+    """Send a frame to the fleet and print what it decides.
+
+    INPUT is a .npy or .npz file, or an image.
+    """
+    from agent.ask import Asker
+    from agent.console import print_json, talk
+    from agent.frame_file import read_frame
+    from agent.monitor.events import decision_label, printable
+    from agent.target import open_target
+
+    _quiet()
+    target = open_target(bundle, None, broker)
+    assert target.manifest is not None
+    values = read_frame(frame, target.manifest.frame, index)
+    with Asker(target.manifest, target.fleet, target.broker) as asker:
+        pending = asker.submit(values, deadline_ms=deadline_ms)
+        decision = pending.result()
+    if as_json:
+        fields = decision.model_dump(mode="json")
+        print_json(fields | {"round_trip_ms": round(pending.round_trip_ms, 3)})
+        return
+    click.echo(printable(decision_label(decision)))
+    latency = decision.latency
+    entropies = ", ".join(f"{node} {value:.3f}" for node, value in decision.entropies.items())
+    lines = [
+        f"entropy {decision.entropy:.3f}, tier {decision.tier}, strategy {decision.strategy}",
+        f"answered: {', '.join(decision.contributors) or 'nobody'}",
+        f"entropies: {entropies or 'none'}",
+        f"{pending.round_trip_ms:.1f} ms; at the aggregator {latency.total_ms:.1f} ms: queue "
+        f"{latency.queue_ms:.1f}, inference {latency.inference_ms:.1f}, wire "
+        f"{latency.wire_ms:.1f}, fusion {latency.fusion_ms:.1f}; "
+        f"{decision.bytes_received} bytes received",
+    ]
+    if decision.missing:
+        lines.insert(1, f"missing: {', '.join(decision.missing)}")
+    for line in lines:
+        talk(printable(line))
 
 
 @click.command()

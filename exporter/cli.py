@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from agent.protocol.units import format_bytes
-
 if TYPE_CHECKING:
     from exporter.methods.face import Progress
 
@@ -100,6 +98,7 @@ _DATA_HELP = (
 @_inputs
 def plan(model: Path, data: str, fleet: Path, method: str, as_json: bool, **chosen: Any) -> None:
     """Show who would get which piece, and what it costs, without writing anything."""
+    from agent.protocol.units import format_bytes
     from exporter import pipeline
 
     with _progress() as progress:
@@ -168,6 +167,7 @@ def export(
     **chosen: Any,
 ) -> None:
     """Spread MODEL.keras over the fleet, and write everything its devices need into a bundle."""
+    from agent.protocol.units import format_bytes
     from exporter import pipeline
 
     with _progress() as progress:

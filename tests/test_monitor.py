@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -508,6 +510,33 @@ def test_interrupted_monitor_ends_with_130(fleet_file, agent):
 
     assert process.returncode == 130
     assert talk.strip() == "interrupted"
+
+
+@pytest.mark.broker
+def test_live_view_follows_the_fleet_on_a_terminal(fleet_file, agent, topics):
+    terminal, process_side = os.openpty()
+    command = [sys.executable, "-m", "agent", "monitor", "--fleet", str(fleet_file)]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "200", "LINES": "40"}
+    with subprocess.Popen(
+        command, stdin=process_side, stdout=process_side, stderr=process_side, env=environment
+    ) as process:
+        os.close(process_side)
+        screen = bytearray()
+
+        def shows(words: bytes) -> bool:
+            if select.select([terminal], [], [], 0.05)[0]:
+                screen.extend(os.read(terminal, 65536))
+            return words in screen
+
+        assert eventually(lambda: shows(b"1 of 3 devices online"), 20.0), screen
+        agent.publish(topics.decision, encode_text(decision(missing=("snn-b",))), qos=1)
+        assert eventually(lambda: shows(b"1 with someone missing"), 20.0), screen
+        process.send_signal(signal.SIGINT)
+        assert eventually(lambda: shows(b"interrupted"), 20.0), screen
+    os.close(terminal)
+
+    assert process.returncode == 130
+    assert screen.count(b"\x1b[?25l") == screen.count(b"\x1b[?25h")  # the cursor is back
 
 
 @pytest.mark.broker
