@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,10 +46,10 @@ def _inputs(command: F) -> F:
         ),
         click.option(
             "--criterion",
-            default="outcome",
+            default="influence",
             show_default=True,
-            type=click.Choice(["outcome", "capnn-w", "capnn-m", "capnn-b"]),
-            help="What pruning goes by: the damage to the piece's outcomes, or the paper's rates.",
+            type=click.Choice(["influence", "energy", "capnn_w", "capnn_m", "capnn_b"]),
+            help="What pruning goes by: damage to a piece's outcomes, or the paper's firing rates.",
         ),
         click.option(
             "--compensate",
@@ -240,11 +240,12 @@ def report(bundle: Path, as_json: bool) -> None:
 
 def _options(chosen: dict[str, Any]) -> Any:
     from exporter.methods.snn.method import SnnOptions
+    from exporter.methods.snn.prune import Criterion
 
     return SnnOptions(
-        max_drop=chosen["max_drop"] / 100,
+        max_drop=chosen["max_drop"],
         keep=chosen["keep"],
-        criterion=chosen["criterion"],
+        criterion=Criterion(chosen["criterion"]),
         compensate=chosen["compensate"],
         distill_epochs=chosen["distill"],
         outcomes=chosen["outcomes"],
@@ -284,7 +285,7 @@ def _progress() -> Iterator[Progress]:
         yield draw
 
 
-def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
+def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 

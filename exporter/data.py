@@ -16,7 +16,7 @@ from agent.protocol.manifest import FrameSpec
 
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
-HELD_OUT_SHARE = 0.2
+HELD_OUT_SHARE = 0.3
 TEST_SHARE = 0.2
 
 _LABELS = {

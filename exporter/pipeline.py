@@ -28,6 +28,7 @@ from exporter.quantize import (
     tensors,
     verify,
 )
+from exporter.surgery import without_softmax
 
 if TYPE_CHECKING:
     import keras
@@ -147,8 +148,6 @@ def load_model(path: Path) -> keras.Model:
         DataError: not there, not a Keras 3 model, or with several inputs or outputs.
     """
     import keras
-
-    import exporter.zoo.resnet  # noqa: F401  registers its layers
 
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file", "save the model with model.save('NAME.keras')")
@@ -283,10 +282,8 @@ def measure_base(
     base: keras.Model, data: DataSet, dtype: Literal["int8", "float32"]
 ) -> dict[str, Figure]:
     """Accuracy and size of the undivided model, what every fleet is compared with."""
-    from exporter.methods.snn.masked import as_logits
-
     inputs, labels = data.inputs(data.test.frames), data.test.labels
-    whole = as_logits(base)
+    whole = without_softmax(base)
     tflite = convert(whole, data.inputs(data.held_out.frames), dtype=dtype, metadata={})
     accuracy = float(np.mean(real_outputs(tflite, inputs, "litert").argmax(1) == labels))
     cost = piece_cost(layer_graph(whole), Numbers(dtype))

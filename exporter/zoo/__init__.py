@@ -1,1 +1,1 @@
-"""The papers' networks as plain Keras builders, every layer named so that exports are reproducible."""
+"""The papers' networks as plain Keras builders; every layer is named: exports reproduce."""

@@ -1,4 +1,4 @@
-"""VGG-16 for small images: 13 convolutions in five blocks, three dense layers, batch normalisation."""
+"""VGG-16 for small images: 13 convolutions in five blocks, three dense layers, batch norm."""
 
 from __future__ import annotations
 
