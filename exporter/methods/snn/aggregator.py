@@ -11,7 +11,7 @@ network that starts at random is 10 to 30 points worse than the rule. It sees lo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -22,15 +22,18 @@ from agent.protocol.errors import DataError
 from agent.protocol.plan import Fusion
 from agent.protocol.scores import Answers, entropy_features
 
-from .partition import Partition
-from .threshold import Trust, fused_classes
+from .threshold import (
+    WHOLE_GRID,
+    Thresholds,
+    Trust,
+    common_threshold,
+    fused_classes,
+    own_thresholds,
+    with_threshold,
+)
 
 if TYPE_CHECKING:
     import keras
-
-SAMPLES_PER_CLASS = 50
-MOST_SNNS = 20
-"""With 60 neurons in three layers: 20 in, 20 hidden, 20 out. Fewer hidden ones lose the rule."""
 
 _SIMPLEST_FIRST = (Fusion.MIN_ENTROPY, Fusion.MAX_CONFIDENCE, Fusion.ENTROPY_MLP)
 _GAIN = 10.0
@@ -42,42 +45,49 @@ class AggregatorOptions:
     """How the network is built and trained; the defaults are the paper's where it states one.
 
     Attributes:
+        samples_per_class: That it is trained on, where there are so many.
         neurons: In all three layers together, at most.
         epochs: Passes over the samples.
         learning_rate: Of plain SGD.
         batch: Samples a step.
         loss_share: Chance of each SNN to be missing from a training sample, beyond the paper.
-        seed: Of the order of samples, the losses and the spare hidden neurons.
     """
 
+    samples_per_class: int = 50
     neurons: int = 60
     epochs: int = 10
     learning_rate: float = 0.05
     batch: int = 16
     loss_share: float = 0.1
-    seed: int = 0
+
+    @property
+    def most_snns(self) -> int:
+        """With 60 neurons 20: as many in, hidden and out. Fewer hidden ones cannot hold the rule."""
+        return self.neurons // 3
 
 
 @dataclass(frozen=True, eq=False)
-class TrustNetwork:
+class Aggregator:
     """The aggregator's network: trust = relu(f W1 + b1) W2 + b2, f = `entropy_features`.
 
     Attributes:
         hidden_weights, hidden_bias: (n, h) and (h,) float32.
         output_weights, output_bias: (h, n) and (n,) float32.
+        samples_per_class: The fewest of any class that it was trained on; 0 = untrained.
     """
 
     hidden_weights: NDArray[np.float32]
     hidden_bias: NDArray[np.float32]
     output_weights: NDArray[np.float32]
     output_bias: NDArray[np.float32]
+    samples_per_class: int = 0
 
     @property
     def neurons(self) -> int:
         """In all three layers together, the inputs counted."""
         return 2 * len(self.output_bias) + len(self.hidden_bias)
 
-    def __call__(
+    def trust(
         self, entropies: NDArray[np.float32], known: NDArray[np.bool_]
     ) -> NDArray[np.float32]:
         """Trust in each SNN.
@@ -93,42 +103,44 @@ class TrustNetwork:
         hidden = np.maximum(features @ self.hidden_weights + self.hidden_bias, 0)
         return np.asarray(hidden @ self.output_weights + self.output_bias, np.float32)
 
-    def to_keras(self, name: str = "aggregator") -> keras.Model:
-        """The same network as a Keras model, (N, n) features in, (N, n) trust out."""
-        import keras
 
-        snns, hidden = self.hidden_weights.shape
-        inputs = keras.Input((snns,), name="certainties")
-        x = keras.layers.Dense(hidden, activation="relu", name="hidden")(inputs)
-        model = keras.Model(inputs, keras.layers.Dense(snns, name="trust")(x), name=name)
-        model.get_layer("hidden").set_weights([self.hidden_weights, self.hidden_bias])
-        model.get_layer("trust").set_weights([self.output_weights, self.output_bias])
-        return model
+def to_keras(aggregator: Aggregator, name: str = "aggregator") -> keras.Model:
+    """The same network as a Keras model: (N, n) `entropy_features` in, (N, n) trust out."""
+    import keras
+
+    snns, hidden = aggregator.hidden_weights.shape
+    inputs = keras.Input((snns,), name="certainties")
+    x = keras.layers.Dense(hidden, activation="relu", name="hidden")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(snns, name="trust")(x), name=name)
+    model.get_layer("hidden").set_weights([aggregator.hidden_weights, aggregator.hidden_bias])
+    model.get_layer("trust").set_weights([aggregator.output_weights, aggregator.output_bias])
+    return model
 
 
 def lowest_entropy_network(
-    snns: int, options: AggregatorOptions = AggregatorOptions()
-) -> TrustNetwork:
+    snns: int, options: AggregatorOptions = AggregatorOptions(), *, seed: int = 0
+) -> Aggregator:
     """The network before training: it believes the SNN with the lowest entropy.
 
     Args:
         snns: n, 2..20 with 60 neurons.
-        options: `neurons` and `seed` are used.
+        options: `neurons` is used.
+        seed: Of the spare hidden neurons.
 
     Raises:
         DataError: too many SNNs for so few neurons, or fewer than two.
     """
-    hidden = min(options.neurons - 2 * snns, 2 * snns)
-    if snns < 2 or hidden < snns:
+    if not 2 <= snns <= options.most_snns:
         raise DataError(
             f"a network for {snns} SNNs needs at least 2 SNNs and {3 * snns} neurons, "
             f"may have {options.neurons}",
             "take the fusion min_entropy, which needs no network",
         )
-    rng = np.random.default_rng(options.seed)
+    hidden = min(options.neurons - 2 * snns, 2 * snns)
+    rng = np.random.default_rng(seed)
     into = np.concatenate([np.eye(snns), rng.normal(0, 0.5, (snns, hidden - snns))], axis=1)
     out = np.concatenate([_GAIN * np.eye(snns), np.zeros((hidden - snns, snns))])
-    return TrustNetwork(
+    return Aggregator(
         into.astype(np.float32),
         np.zeros(hidden, np.float32),
         out.astype(np.float32),
@@ -136,12 +148,14 @@ def lowest_entropy_network(
     )
 
 
-def train_aggregator(
+def train(
     answers: Sequence[Answers],
     labels: NDArray[np.int64],
-    partition: Partition,
+    partition: Sequence[Sequence[int]],
     options: AggregatorOptions = AggregatorOptions(),
-) -> TrustNetwork:
+    *,
+    seed: int = 0,
+) -> Aggregator:
     """Train the aggregator's network to believe the SNN that has the image's class.
 
     Cross-entropy over the SNNs that know something. Images whose SNN does not know, or is lost in
@@ -150,23 +164,29 @@ def train_aggregator(
     is no worse on them than the rule it started as.
 
     Args:
-        answers: One per SNN, thresholds applied, to the aggregator's own samples.
+        answers: One per SNN, thresholds applied or not, to the aggregator's own samples; of each
+            class the first `samples_per_class` are used.
         labels: (N,) their true classes.
         partition: The classes of each SNN.
         options: Of the network and its training.
+        seed: Of the order of samples, the losses and the spare hidden neurons.
 
     Raises:
         DataError: as `lowest_entropy_network`; a class that no SNN has; other numbers of samples.
     """
-    network = lowest_entropy_network(len(answers), options)
+    network = lowest_entropy_network(len(answers), options, seed=seed)
     owner_of = {c: k for k, classes in enumerate(partition) for c in classes}
     if foreign := sorted(set(labels.tolist()) - set(owner_of)):
         raise DataError(f"no SNN has the classes {foreign}")
+    used = [np.flatnonzero(labels == c)[: options.samples_per_class] for c in sorted(owner_of)]
+    network = replace(network, samples_per_class=min(map(len, used)))
+    index = np.sort(np.concatenate(used))
+    answers, labels = [_taken(x, index) for x in answers], labels[index]
     owners = np.array([owner_of[c] for c in labels.tolist()])
     entropies = np.stack([x.entropies for x in answers], axis=1)
     knows = np.stack([x.known for x in answers], axis=1)
-    best, reached = network, fleet_accuracy(answers, labels, Fusion.ENTROPY_MLP, trust=network)
-    rng = np.random.default_rng(options.seed + 1)
+    best, reached = network, _trusted_accuracy(network, answers, labels)
+    rng = np.random.default_rng(seed + 1)
     for _ in range(options.epochs):
         order = rng.permutation(len(labels))
         present = knows & (rng.random(knows.shape) >= options.loss_share)
@@ -176,19 +196,34 @@ def train_aggregator(
             if len(index):
                 features = entropy_features(np.where(present[index], entropies[index], 1))
                 network = _step(network, features, present[index], owners[index], options)
-        accuracy = fleet_accuracy(answers, labels, Fusion.ENTROPY_MLP, trust=network)
+        accuracy = _trusted_accuracy(network, answers, labels)
         if accuracy > reached:
             best, reached = network, accuracy
     return best
 
 
+def _taken(answers: Answers, index: NDArray[np.int64]) -> Answers:
+    return Answers(
+        answers.classes[index],
+        answers.entropies[index],
+        answers.confidences[index],
+        answers.known[index],
+    )
+
+
+def _trusted_accuracy(
+    network: Aggregator, answers: Sequence[Answers], labels: NDArray[np.int64]
+) -> float:
+    return fleet_accuracy(answers, labels, Fusion.ENTROPY_MLP, network.trust)
+
+
 def _step(
-    network: TrustNetwork,
+    network: Aggregator,
     features: NDArray[np.float32],
     present: NDArray[np.bool_],
     owners: NDArray[np.int64],
     options: AggregatorOptions,
-) -> TrustNetwork:
+) -> Aggregator:
     """One step of SGD on the cross-entropy between trust, among those present, and the owner."""
     active = features @ network.hidden_weights + network.hidden_bias
     hidden = np.maximum(active, 0)
@@ -199,11 +234,12 @@ def _step(
     to_trust = (p / len(p)).astype(np.float32)
     to_hidden = (to_trust @ network.output_weights.T) * (active > 0)
     rate = np.float32(options.learning_rate)
-    return TrustNetwork(
-        network.hidden_weights - rate * (features.T @ to_hidden),
-        network.hidden_bias - rate * to_hidden.sum(axis=0),
-        network.output_weights - rate * (hidden.T @ to_trust),
-        network.output_bias - rate * to_trust.sum(axis=0),
+    return replace(
+        network,
+        hidden_weights=network.hidden_weights - rate * (features.T @ to_hidden),
+        hidden_bias=network.hidden_bias - rate * to_hidden.sum(axis=0),
+        output_weights=network.output_weights - rate * (hidden.T @ to_trust),
+        output_bias=network.output_bias - rate * to_trust.sum(axis=0),
     )
 
 
@@ -211,8 +247,8 @@ def fleet_accuracy(
     answers: Sequence[Answers],
     labels: NDArray[np.int64],
     fusion: Fusion,
-    *,
     trust: Trust | None = None,
+    *,
     lost: int | None = None,
     count_guesses: bool = False,
 ) -> float:
@@ -234,16 +270,18 @@ def fleet_accuracy(
     return float(right.mean())
 
 
-def accuracy_with_one_lost(
+def lost_accuracies(
     answers: Sequence[Answers],
     labels: NDArray[np.int64],
     fusion: Fusion,
-    *,
     trust: Trust | None = None,
+    *,
+    count_guesses: bool = False,
 ) -> tuple[float, ...]:
     """Fleet accuracy with the first, the second ... SNN lost; arguments as `fleet_accuracy`."""
     return tuple(
-        fleet_accuracy(answers, labels, fusion, trust=trust, lost=k) for k in range(len(answers))
+        fleet_accuracy(answers, labels, fusion, trust, lost=k, count_guesses=count_guesses)
+        for k in range(len(answers))
     )
 
 
@@ -279,141 +317,132 @@ def _without(trust: Trust, lost: int) -> Trust:
 
 @dataclass(frozen=True)
 class FusionChoice:
-    """Which fusion to use, and why.
+    """Which fusion to use with which thresholds, and why.
 
     Attributes:
         fusion: The chosen one.
-        accuracies: Fleet accuracy of each that was compared, on the selection set.
-        with_one_lost: Of each, the accuracies with the first, second ... SNN lost.
+        thresholds: Of each SNN, calibrated for it.
+        calibrated: Of each fusion compared, its thresholds and their sweep.
+        accuracies: Of each, the fleet's accuracy on the selection set.
+        lost: Of each, the accuracies with the first, second ... SNN lost.
     """
 
     fusion: Fusion
+    thresholds: tuple[float, ...]
+    calibrated: Mapping[Fusion, Thresholds]
     accuracies: Mapping[Fusion, float]
-    with_one_lost: Mapping[Fusion, tuple[float, ...]]
+    lost: Mapping[Fusion, tuple[float, ...]]
 
 
 def choose_fusion(
-    answers: Sequence[Answers],
-    labels: NDArray[np.int64],
+    threshold_answers: Sequence[Answers],
+    threshold_labels: NDArray[np.int64],
+    selection_answers: Sequence[Answers],
+    selection_labels: NDArray[np.int64],
+    aggregator: Aggregator | None = None,
     *,
-    trust: Trust | None = None,
+    grid: Sequence[float] = WHOLE_GRID,
+    threshold_per_snn: bool = False,
     standard_errors: float = 1.0,
 ) -> FusionChoice:
-    """Pick the fusion by fleet accuracy on samples that neither thresholds nor network have seen.
+    """Calibrate the thresholds for each fusion, then pick the fusion on other samples.
 
     The order is `min_entropy`, `max_confidence`, `entropy_mlp`: a later, less simple one must be
     better than the best before it by more than chance, else it counts as a tie.
 
     Args:
-        answers: One per SNN, thresholds applied, on the selection set.
-        labels: (N,) true classes.
-        trust: The aggregator's network; None = `entropy_mlp` is not compared.
+        threshold_answers: One per SNN, before any threshold, on the threshold set.
+        threshold_labels: True classes of that set.
+        selection_answers: The same on the selection set.
+        selection_labels: True classes of that set.
+        aggregator: The trained network; None = `entropy_mlp` is not compared.
+        grid: Thresholds to try.
+        threshold_per_snn: One for each SNN, beyond the paper; else one for all.
         standard_errors: How many standard errors of the difference, image by image, count as a
             tie. 0 = only equal accuracies do.
 
     Raises:
-        DataError: as `fleet_accuracy`.
+        DataError: no answers, or other numbers of images than labels.
     """
-    compared = [f for f in _SIMPLEST_FIRST if f is not Fusion.ENTROPY_MLP or trust is not None]
-    right = {f: _right(answers, labels, f, trust, None, False) for f in compared}
-    chosen = compared[0]
-    for fusion in compared[1:]:
+    calibrate = own_thresholds if threshold_per_snn else common_threshold
+    calibrated: dict[Fusion, Thresholds] = {}
+    right: dict[Fusion, NDArray[np.bool_]] = {}
+    lost: dict[Fusion, tuple[float, ...]] = {}
+    for fusion in _SIMPLEST_FIRST:
+        trust = aggregator.trust if aggregator is not None else None
+        if fusion is Fusion.ENTROPY_MLP and trust is None:
+            continue
+        found = calibrate(threshold_answers, threshold_labels, grid, fusion=fusion, trust=trust)
+        applied = [
+            with_threshold(x, t) for x, t in zip(selection_answers, found.values, strict=True)
+        ]
+        calibrated[fusion] = found
+        right[fusion] = _right(applied, selection_labels, fusion, trust, None, False)
+        if len(applied) > 1:
+            lost[fusion] = lost_accuracies(applied, selection_labels, fusion, trust)
+    chosen = _SIMPLEST_FIRST[0]
+    for fusion in list(right)[1:]:
         gain = right[fusion].astype(float) - right[chosen].astype(float)
         if gain.mean() > standard_errors * gain.std() / np.sqrt(len(gain)):
             chosen = fusion
     return FusionChoice(
         fusion=chosen,
-        accuracies={f: float(right[f].mean()) for f in compared},
-        with_one_lost={
-            f: accuracy_with_one_lost(answers, labels, f, trust=trust)
-            for f in compared
-            if len(answers) > 1
-        },
+        thresholds=calibrated[chosen].values,
+        calibrated=calibrated,
+        accuracies={fusion: float(x.mean()) for fusion, x in right.items()},
+        lost=lost,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class HeldOutSets:
-    """Disjoint index sets (M,) int64, ascending, into data that the base has not seen.
+def disjoint_parts(
+    labels: NDArray[np.int64], shares: Mapping[str, float], *, seed: int = 0
+) -> dict[str, NDArray[np.int64]]:
+    """Cut held-out data into sets of which no sample serves two purposes, each class in proportion.
 
-    Attributes:
-        threshold: Calibrates the don't-know thresholds, and estimates partitions.
-        aggregator: Trains the aggregator's network.
-        selection: Chooses the fusion and between definitions.
-        test: For final figures; empty unless asked for.
-        notes: What a reader of the figures must know, such as fewer samples than the paper has.
-    """
-
-    threshold: NDArray[np.int64]
-    aggregator: NDArray[np.int64]
-    selection: NDArray[np.int64]
-    test: NDArray[np.int64]
-    notes: tuple[str, ...] = ()
-
-
-def split_held_out(
-    labels: NDArray[np.int64],
-    classes: int,
-    *,
-    aggregator_per_class: int = SAMPLES_PER_CLASS,
-    test_share: float = 0.0,
-    seed: int = 0,
-) -> HeldOutSets:
-    """Cut held-out data into the sets that calibration needs, each class in its proportion.
-
-    Of each class, `test_share` goes to the test set; of the others the aggregator takes 50, but at
-    most a third; thresholds and selection share what is left, the odd one going to thresholds.
+    Of a class with m samples every part gets its share of m, rounded so that none is empty and no
+    sample is left over that the shares ask for.
 
     Args:
         labels: (N,) classes of the held-out data.
-        classes: C; each must be there.
-        aggregator_per_class: Samples per class that train the aggregator, if there are enough.
-        test_share: In [0, 1).
+        shares: Of each part, positive, together at most 1.
         seed: Of the choice.
 
+    Returns:
+        Of each part the positions (M,) int64, ascending.
+
     Raises:
-        DataError: lists every class with fewer samples than there are sets to fill.
+        DataError: shares out of range, or classes with fewer samples than parts (all are named).
     """
-    if not 0 <= test_share < 1 or aggregator_per_class < 1:
-        raise DataError(
-            f"test_share must lie in [0, 1) and aggregator_per_class be at least 1, "
-            f"got {test_share} and {aggregator_per_class}"
-        )
+    if not shares or min(shares.values()) <= 0 or sum(shares.values()) > 1 + 1e-9:
+        raise DataError(f"shares must be positive and add up to at most 1, got {dict(shares)}")
     rng = np.random.default_rng(seed)
-    parts: dict[str, list[NDArray[np.int64]]] = {
-        name: [] for name in ("test", "aggregator", "selection", "threshold")
-    }
-    short: list[int] = []
+    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in shares}
     poor: list[str] = []
-    needed = 4 if test_share else 3
-    for label in range(classes):
+    for label in range(int(labels.max(initial=-1)) + 1):
         index = rng.permutation(np.flatnonzero(labels == label))
-        if len(index) < needed:
-            poor.append(
-                f"class {label} has {len(index)} held-out samples, at least {needed} needed"
-            )
+        if len(index) < len(shares):
+            poor.append(f"class {label} has {len(index)} held-out samples for {len(shares)} sets")
             continue
-        test = min(max(1, round(len(index) * test_share)), len(index) - 3) if test_share else 0
-        left = len(index) - test
-        aggregator = min(aggregator_per_class, left // 3)
-        if aggregator < aggregator_per_class:
-            short.append(aggregator)
-        ends = np.cumsum([test, aggregator, (left - aggregator) // 2])
-        for name, part in zip(parts, np.split(index, ends), strict=True):
-            parts[name].append(part)
-    if poor:
-        raise DataError("\n".join(poor), "hold more data out, for example as x_val, y_val")
+        ends = np.cumsum(_shared_out(len(index), list(shares.values()))).tolist()
+        for name, first, last in zip(shares, [0, *ends], ends, strict=False):
+            parts[name].append(index[first:last])
+    if poor or not len(labels):
+        raise DataError(
+            "\n".join(poor) or "there is no held-out data",
+            f"each class needs at least {len(shares)}: hold more data out, e.g. as x_val, y_val",
+        )
     sets = {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
     check_disjoint(sets)
-    notes = (
-        (
-            f"{len(short)} of {classes} classes train the aggregator with fewer than "
-            f"{aggregator_per_class} samples (at least {min(short)})",
-        )
-        if short
-        else ()
-    )
-    return HeldOutSets(**sets, notes=notes)
+    return sets
+
+
+def _shared_out(total: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers >= 1 close to total * share, in all round(total * sum(shares))."""
+    counts = [1] * len(shares)
+    while sum(counts) < min(total, round(total * sum(shares))):
+        behind = [total * share - count for share, count in zip(shares, counts, strict=True)]
+        counts[int(np.argmax(behind))] += 1
+    return counts
 
 
 def check_disjoint(sets: Mapping[str, NDArray[np.int64]]) -> None:
