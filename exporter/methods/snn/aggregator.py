@@ -62,7 +62,7 @@ class AggregatorOptions:
 
     @property
     def most_snns(self) -> int:
-        """With 60 neurons 20: as many in, hidden and out. Fewer hidden ones cannot hold the rule."""
+        """With 60 neurons 20: as many in, hidden and out. Fewer hidden ones lose the rule."""
         return self.neurons // 3
 
 
@@ -343,7 +343,7 @@ def choose_fusion(
     *,
     grid: Sequence[float] = WHOLE_GRID,
     threshold_per_snn: bool = False,
-    standard_errors: float = 1.0,
+    standard_errors: float = 2.0,
 ) -> FusionChoice:
     """Calibrate the thresholds for each fusion, then pick the fusion on other samples.
 

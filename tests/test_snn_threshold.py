@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from agent.protocol.errors import DataError, ScoreError
+from agent.protocol.plan import AnswerRule, Fusion
+from agent.protocol.scores import Answers, answer, most_trusted, softmax
+from exporter.methods.snn.estimate import EntropyEstimator, Outcomes, own_class_probabilities
+from exporter.methods.snn.threshold import (
+    PAPER_GRID,
+    WHOLE_GRID,
+    common_threshold,
+    fused_classes,
+    own_thresholds,
+    threshold_grid,
+    with_threshold,
+)
+
+
+def says(classes, entropies, confidences=None, known=True):
+    entropies = np.asarray(entropies, np.float32)
+    known = np.broadcast_to(known, entropies.shape)
+    return Answers(
+        classes=np.asarray(classes, np.int64),
+        entropies=np.where(known, entropies, np.float32(1)),
+        confidences=np.asarray(1 - entropies if confidences is None else confidences, np.float32),
+        known=known,
+    )
+
+
+def random_fleet(seed, snns=3, images=400, classes=6):
+    """Answers of SNNs for two classes each, from noisy logits with foreign rows."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, images)
+    fleet = []
+    for k in range(snns):
+        logits = rng.normal(0, 1.5, (images, classes)).astype(np.float32)
+        logits[np.arange(images), labels] += 2.5
+        own = (2 * k, 2 * k + 1)
+        rule = AnswerRule(classes=own, logits=tuple(range(classes)), dont_know_threshold=1.0)
+        fleet.append(answer(logits, rule))
+    return fleet, labels
+
+
+def accuracy(fleet, labels, thresholds, fusion=Fusion.MIN_ENTROPY):
+    applied = [with_threshold(x, t) for x, t in zip(fleet, thresholds, strict=True)]
+    classes, known = fused_classes(applied, fusion)
+    return np.mean(known & (classes == labels))
+
+
+def test_the_papers_grid_has_nine_thresholds():
+    assert PAPER_GRID == (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
+    assert WHOLE_GRID[0] == 0.05
+    assert WHOLE_GRID[-1] == 1.0
+    assert threshold_grid(10, 30, 10) == (0.1, 0.2, 0.3)
+
+
+def test_lowest_threshold_wins_ties():
+    fleet = [says([0, 0, 0], [0.1, 0.32, 0.9]), says([1, 1, 1], [0.9, 0.9, 0.9])]
+
+    found = common_threshold(fleet, np.array([0, 0, 1]))
+
+    assert found.values == (0.35, 0.35)
+    assert found.accuracy == pytest.approx(2 / 3)
+    np.testing.assert_allclose(found.sweep, [1 / 3] * 3 + [2 / 3] * 6)
+
+
+def test_entropy_equal_to_the_threshold_still_knows():
+    found = common_threshold([says([0], [0.2])], np.array([0]), (0.1, 0.2))
+
+    assert found.values == (0.2,)
+    assert found.sweep == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sweep_is_the_accuracy_of_the_fleet_at_each_threshold(seed):
+    fleet, labels = random_fleet(seed)
+
+    found = common_threshold(fleet, labels, WHOLE_GRID)
+
+    expected = [accuracy(fleet, labels, [t] * 3) for t in WHOLE_GRID]
+    np.testing.assert_array_equal(found.sweep, expected)
+    assert found.accuracy == max(expected)
+    assert found.values[0] == WHOLE_GRID[int(np.argmax(expected))]
+    assert list(found.sweep) == sorted(found.sweep)  # one T, lowest entropy wins: never falls
+
+
+@pytest.mark.parametrize("fusion", [Fusion.MIN_ENTROPY, Fusion.MAX_CONFIDENCE])
+@pytest.mark.parametrize("seed", range(3))
+def test_own_thresholds_are_never_worse_than_a_common_one(fusion, seed):
+    fleet, labels = random_fleet(seed)
+
+    common = common_threshold(fleet, labels, WHOLE_GRID, fusion=fusion)
+    own = own_thresholds(fleet, labels, WHOLE_GRID, fusion=fusion)
+
+    assert own.accuracy >= common.accuracy
+    assert own.accuracy == accuracy(fleet, labels, own.values, fusion)
+
+
+def test_an_overconfident_snn_is_silenced_by_a_threshold_of_its_own():
+    wrong = says([0] * 4, [0.12, 0.12, 0.12, 0.02])  # foreign images, but sure of itself
+    right = says([1] * 4, [0.3, 0.3, 0.3, 0.9])
+    labels = np.array([1, 1, 1, 0])
+
+    own = own_thresholds([wrong, right], labels, WHOLE_GRID)
+
+    assert own.accuracy == 1
+    assert own.values[0] < 0.12 <= own.values[1]
+    assert common_threshold([wrong, right], labels, WHOLE_GRID).accuracy < 1
+
+
+def test_threshold_makes_answers_unknown_with_entropy_one():
+    applied = with_threshold(says([3, 4], [0.2, 0.5]), 0.3)
+
+    np.testing.assert_array_equal(applied.known, [True, False])
+    np.testing.assert_array_equal(applied.entropies, np.float32([0.2, 1]))
+    np.testing.assert_array_equal(applied.classes, [3, 4])
+
+
+def test_nobody_knows_gives_the_most_confident_guess_and_says_so():
+    fleet = [says([0], [1.0], [0.3], known=False), says([7], [1.0], [0.4], known=False)]
+
+    for fusion in (Fusion.MIN_ENTROPY, Fusion.MAX_CONFIDENCE):
+        classes, known = fused_classes(fleet, fusion)
+        assert (classes[0], known[0]) == (7, False)
+
+
+def test_one_who_knows_beats_a_more_confident_one_who_does_not():
+    fleet = [says([0], [1.0], [0.9], known=False), says([7], [0.8], [0.2])]
+
+    for fusion in (Fusion.MIN_ENTROPY, Fusion.MAX_CONFIDENCE):
+        assert fused_classes(fleet, fusion)[0] == [7]
+
+
+@pytest.mark.parametrize(
+    ("fusion", "entropies", "confidences", "trust", "column"),
+    [
+        (Fusion.MIN_ENTROPY, [0.3, 0.2, 0.2], [0.9, 0.5, 0.6], None, 2),
+        (Fusion.MAX_CONFIDENCE, [0.3, 0.2, 0.1], [0.5, 0.9, 0.9], None, 2),
+        (Fusion.ENTROPY_MLP, [0.3, 0.2, 0.1], [0.5, 0.9, 0.9], [2.0, -1.0, 1.0], 0),
+        (Fusion.ENTROPY_MLP, [0.3, 0.2, 0.1], [0.5, 0.9, 0.9], [2.0, 2.0, 1.0], 1),
+        (Fusion.MIN_ENTROPY, [0.2, 0.2, 0.2], [0.5, 0.5, 0.5], None, 0),
+    ],
+)
+def test_each_fusion_believes_by_its_rule_and_breaks_ties(
+    fusion, entropies, confidences, trust, column
+):
+    known = [[True] * 3]
+    believed = most_trusted(fusion, [entropies], [confidences], known, trust and [trust])
+
+    assert believed.tolist() == [column]
+
+
+def test_network_never_makes_one_who_does_not_know_believed():
+    believed = most_trusted(
+        Fusion.ENTROPY_MLP, [[1.0, 0.9]], [[0.9, 0.4]], [[False, True]], [[5.0, -5.0]]
+    )
+
+    assert believed.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("fusion", "entropies", "trust"),
+    [
+        (Fusion.MEAN, [[0.1, 0.2]], None),
+        (Fusion.ENTROPY_MLP, [[0.1, 0.2]], None),
+        (Fusion.ENTROPY_MLP, [[0.1, 0.2]], [[0.1]]),
+        (Fusion.MIN_ENTROPY, [[0.1]], None),
+        (Fusion.MIN_ENTROPY, [0.1, 0.2], None),
+    ],
+)
+def test_what_cannot_be_fused_is_refused(fusion, entropies, trust):
+    with pytest.raises(ScoreError):
+        most_trusted(fusion, entropies, [[0.5, 0.5]], [[True, True]], trust)
+
+
+def test_thresholds_out_of_order_and_foreign_labels_are_refused():
+    fleet = [says([0, 1], [0.1, 0.2])]
+    with pytest.raises(DataError, match="must ascend"):
+        common_threshold(fleet, np.array([0, 1]), (0.3, 0.2))
+    with pytest.raises(DataError, match="labels of 3"):
+        common_threshold(fleet, np.array([0, 1, 1]))
+    with pytest.raises(DataError, match="same images"):
+        fused_classes([fleet[0], says([0], [0.1])], Fusion.MIN_ENTROPY)
+
+
+def unpruned_table(images=300, classes=6, seed=0):
+    """Where nothing is pruned away, every PNN is the base."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (images, classes)).astype(np.float32)
+    return logits, own_class_probabilities([logits] * classes)
+
+
+@pytest.mark.parametrize("subset", [(0, 3), (1, 2, 5), (4,), (0, 1, 2, 3, 4)])
+def test_estimate_with_rest_is_exact_where_nothing_is_pruned(subset):
+    logits, table = unpruned_table()
+    rule = AnswerRule(classes=subset, logits=tuple(range(6)), dont_know_threshold=1.0)
+
+    estimated, real = EntropyEstimator(table).answers(subset), answer(logits, rule)
+
+    np.testing.assert_array_equal(estimated.classes, real.classes)
+    np.testing.assert_array_equal(estimated.known, real.known)
+    np.testing.assert_allclose(estimated.entropies, real.entropies, atol=2e-5)
+    np.testing.assert_allclose(estimated.confidences, real.confidences, atol=1e-5)
+
+
+def test_renormalised_estimate_is_a_softmax_over_own_classes_where_nothing_is_pruned():
+    logits, table = unpruned_table()
+    rule = AnswerRule(classes=(1, 4), logits=(1, 4), dont_know_threshold=1.0)
+
+    estimated = EntropyEstimator(table, Outcomes.OWN_RENORMALISED).answers((4, 1))
+
+    real = answer(logits[:, [1, 4]], rule)
+    np.testing.assert_array_equal(estimated.classes, real.classes)
+    np.testing.assert_allclose(estimated.entropies, real.entropies, atol=1e-4)
+
+
+def test_own_estimate_is_equation_1_on_probabilities_that_do_not_sum_to_one():
+    table = np.float32([[0.5, 0.0], [0.25, 0.1], [0.9, 0.9]])
+
+    estimated = EntropyEstimator(table, Outcomes.OWN).answers((0, 1))
+
+    expected = [
+        -(0.5 * np.log(0.5) + 0.25 * np.log(0.25)) / np.log(2),
+        -0.1 * np.log(0.1) / np.log(2),
+    ]
+    np.testing.assert_allclose(estimated.entropies, expected, rtol=1e-5)
+    assert estimated.classes.tolist() == [0, 1]
+    assert estimated.known.all()
+
+
+def test_single_class_says_nothing_without_the_rest_and_something_with_it():
+    table = np.float32([[0.9, 0.6, 0.2], [0.1, 0.1, 0.1]])
+
+    own = EntropyEstimator(table, Outcomes.OWN).answers([0])
+    rest = EntropyEstimator(table, Outcomes.REST).answers([0])
+
+    assert own.entropies.tolist() == [0, 0, 0]
+    assert rest.known.tolist() == [True, True, False]
+    assert rest.entropies[0] < rest.entropies[1] < 1
+    assert rest.entropies[2] == 1
+
+
+def test_networks_that_claim_more_than_everything_leave_no_rest():
+    table = np.float32([[0.9, 0.0], [0.9, 0.0]])
+
+    estimated = EntropyEstimator(table).answers((0, 1))
+
+    assert estimated.known.tolist() == [True, False]
+    assert estimated.entropies[0] == pytest.approx(np.log(2) / np.log(3))
+
+
+def test_estimates_are_remembered_for_any_order_of_classes():
+    estimator = EntropyEstimator(unpruned_table()[1])
+
+    assert estimator.answers([3, 1]) is estimator.answers((1, 3))
+
+
+def test_own_class_probabilities_reads_each_networks_own_class():
+    rng = np.random.default_rng(0)
+    logits = [rng.normal(size=(5, 3)).astype(np.float32) for _ in range(3)]
+
+    table = own_class_probabilities(iter(logits))
+
+    assert table.dtype == np.float32
+    for c in range(3):
+        np.testing.assert_array_equal(table[c], softmax(logits[c])[:, c])
+
+
+@pytest.mark.parametrize("shapes", [[], [(5, 3)] * 2, [(5, 3), (5, 3), (4, 3)], [(5,)] * 3])
+def test_networks_that_are_not_one_per_class_are_refused(shapes):
+    with pytest.raises(DataError, match="expected C logit arrays"):
+        own_class_probabilities([np.zeros(shape, np.float32) for shape in shapes])
+
+
+def test_a_table_that_holds_no_probabilities_is_refused():
+    with pytest.raises(DataError):
+        EntropyEstimator(np.float32([[0.5, np.nan]]))
+    with pytest.raises(DataError):
+        EntropyEstimator(np.float32([[0.5, 1.5]]))
