@@ -774,11 +774,11 @@ def _problems(manifest: Manifest, strategy: Strategy) -> list[str]:
         elif heard and node.fusion is not None and node.fusion not in ANSWER_FUSIONS:
             shapes = [_shape_of(manifest, strategy, x) or () for x in heard]
             shape = fused_shape(node.fusion, shapes)
-            if shape is None or (takes is not None and shape != takes):
-                problems.append(
-                    f"node {node.name!r}: {node.fusion.value} of {shapes} does not give "
-                    f"what it takes, {takes}"
-                )
+            if shape is None:
+                problems.append(f"node {node.name!r}: {node.fusion.value} cannot fuse {shapes}")
+                continue
+            if takes is not None and shape != takes:
+                problems.append(f"node {node.name!r} fuses to {shape}, its piece takes {takes}")
         elif not heard and node.piece is not None and takes != manifest.frame.shape:
             problems.append(f"node {node.name!r} takes {takes}, frames are {manifest.frame.shape}")
         if node.tier in exit_tiers and node.fusion not in ANSWER_FUSIONS:
