@@ -322,7 +322,7 @@ def monitor(
 
     from agent.console import console, print_json
     from agent.monitor.events import as_json as event_as_json
-    from agent.monitor.state import apply_all, initial, snapshot
+    from agent.monitor.state import apply_all, initial, rates_from, snapshot
     from agent.monitor.view import render
     from agent.monitor.watch import Watcher
     from agent.target import open_target
@@ -332,7 +332,7 @@ def monitor(
     state = initial(target.fleet, target.names, time.time())
     with Watcher(target) as watcher:
         retained = watcher.take_retained()
-        state = apply_all(retained, state)
+        state = rates_from(apply_all(retained, state), time.time())
         if once:
             now_s = time.time()
             if as_json:

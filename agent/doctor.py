@@ -27,7 +27,7 @@ from agent.protocol.fleet import Fleet, Runtime
 from agent.protocol.manifest import FILE_NAME, Artifact, Manifest, check_files, read_manifest
 from agent.protocol.messages import DeviceInfo, Status
 from agent.protocol.plan import FRAME
-from agent.target import Target, open_target
+from agent.target import Target, devices_of, open_target
 
 CONNECT_TIMEOUT_S = 3.0
 ECHO_TIMEOUT_S = 2.0
@@ -251,7 +251,7 @@ def _fleet(
 
 def _devices_of_plan(fleet: Fleet, manifest: Manifest) -> Iterator[Finding]:
     """Every device that the plan names must be in the fleet file."""
-    planned = {node.device for s in manifest.plan.strategies for node in s.nodes}
+    planned = devices_of(manifest)
     if strangers := sorted(planned - {device.id for device in fleet.devices}):
         error = ShoalError(
             f"the plan names devices that the fleet file does not: {', '.join(strangers)}",
@@ -336,7 +336,11 @@ def _devices(
 ) -> Iterator[Finding]:
     """Devices that are online must run this plan; who is not there is named."""
     manifest = target.manifest
-    ids = [device.id for device in target.fleet.devices]
+    ids = [
+        device.id
+        for device in target.fleet.devices
+        if manifest is None or device.id in devices_of(manifest)
+    ]
     if here := [name for name in ids if online.get(name)]:
         yield _ok("devices", f"online: {', '.join(here)}")
     if away := [name for name in ids if not online.get(name)]:

@@ -65,6 +65,11 @@ def open_target(
     return Target(fleet, manifest, broker_address(fleet.broker, broker))
 
 
+def devices_of(manifest: Manifest) -> set[str]:
+    """Ids of the devices that have a part in a bundle's plan."""
+    return {node.device for strategy in manifest.plan.strategies for node in strategy.nodes}
+
+
 def broker_address(
     settings: BrokerSettings, override: tuple[str, int] | None = None
 ) -> BrokerAddress:

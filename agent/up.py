@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import agent.child
 from agent.broker import Broker, start_broker
 from agent.link import BrokerAddress, Link
 from agent.monitor.events import read_event
@@ -27,30 +28,13 @@ from agent.protocol.errors import DeviceUnreachable, ExitCode, ShoalError
 from agent.protocol.fleet import Device, Runtime
 from agent.protocol.manifest import check_files
 from agent.protocol.messages import DeviceInfo, Status
-from agent.target import Target, open_target
+from agent.target import Target, devices_of, open_target
 
 LOG_LINES = 100
 STOP_TIMEOUT_S = 5.0
 RESTART_FIRST_S = 1.0
 RESTART_CAP_S = 30.0
 STABLE_AFTER_S = 30.0
-
-# Linux ends a child with SIGKILL when the thread that started it ends (PR_SET_PDEATHSIG is 1); the
-# check of the parent closes the gap before the call. The folder we are in holds no modules of ours.
-_CHILD = """
-import sys
-if sys.path[:1] == [""]:
-    del sys.path[0]
-import os, signal
-parent = int(sys.argv.pop(1))
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the starting process is gone")
-from agent.cli import main
-main(prog_name="shoal")
-"""
 
 
 class DeviceEnded(ShoalError):
@@ -126,7 +110,7 @@ class _Process:
         began_s = time.monotonic()
         try:
             popen = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, str(os.getpid()), *self._arguments],
+                [sys.executable, agent.child.__file__, str(os.getpid()), *self._arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -207,7 +191,7 @@ class FleetProcesses:
         assert manifest is not None
         check_files(bundle, [entry.model for entry in manifest.pieces])
         fleet = self.target.fleet
-        busy = {node.device for s in manifest.plan.strategies for node in s.nodes}
+        busy = devices_of(manifest)
         for missing in sorted(busy - {device.id for device in fleet.devices}):
             fleet.device(missing)  # raises, and says which there are
         wanted = set(busy if devices is None else [fleet.device(name).id for name in devices])
@@ -232,7 +216,7 @@ class FleetProcesses:
             address = replace(address, host=self.broker.host, port=self.broker.port, ca_file=None)
             self.target = replace(self.target, broker=address)
         elif not _listens(address):
-            self.broker = _start_broker_at(address)
+            self.broker = start_broker_at(address)
         try:
             for device in self.devices:
                 self.start_device(device.id)
@@ -413,7 +397,12 @@ def _listens(address: BrokerAddress) -> bool:
     return True
 
 
-def _start_broker_at(address: BrokerAddress) -> Broker:
+def start_broker_at(address: BrokerAddress) -> Broker:
+    """Start a broker where a fleet file wants one, with its user and password.
+
+    Raises:
+        DeviceUnreachable: the address is another machine's, or the broker does not start.
+    """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
         with socket.socket(family) as probe:

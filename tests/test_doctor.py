@@ -10,6 +10,9 @@ from agent.cli import main
 from agent.doctor import Finding, Level, serial_ports, worst
 from agent.link import BrokerAddress, Link
 from agent.protocol.errors import ExitCode
+from agent.protocol.manifest import read_manifest
+from agent.protocol.messages import DeviceInfo, encode_text
+from tests.toy_fleet import copy_bundle, toy_bundle
 
 FLEET_TEXT = """
 shoal: 1
@@ -59,8 +62,7 @@ def test_all_fine_ends_with_0_and_names_silent_devices(fleet_file):
     assert code == 0
     for check in ("python", "packages", "runtime", "mosquitto", "fleet", "broker", "messages"):
         assert found[check][0]["level"] == "ok", check
-    assert (
-    )
+    assert "litert" in found["runtime"][0]["text"]
     [devices] = found["devices"]
     assert devices["text"] == "pi-a (never seen), desk (never seen)"
     assert "shoal run --device pi-a" in devices["hint"]
@@ -144,6 +146,48 @@ def test_every_mistake_of_the_fleet_file_is_listed(tmp_path):
 
     assert code == 2
     assert len(found["fleet"][0]["text"].splitlines()) >= 3
+
+
+@pytest.mark.broker
+def test_bundle_is_checked_down_to_its_files_and_pieces(tmp_path, mosquitto):
+    broker = f"{mosquitto.host}:{mosquitto.port}"
+    bundle = copy_bundle(tmp_path / "bundle")
+    (bundle / "eye-0" / "snn-0.tflite").write_bytes(b"altered")
+    (bundle / "eye-1" / "snn-1.tflite").unlink()
+
+    fine = examined("--bundle", toy_bundle(), "--broker", broker)
+    broken = examined("--bundle", bundle, "--broker", broker)
+
+    assert (fine[0], broken[0]) == (0, 2)
+    for check in ("bundle", "files", "fleet", "pieces"):
+        assert fine[1][check][0]["level"] == "ok", check
+    assert "4 loaded" in fine[1]["pieces"][0]["text"]
+    assert "stands in for the microcontroller" in json.dumps(fine[1]["pieces"])
+    [files] = broken[1]["files"]
+    assert "snn-0.tflite: altered" in files["text"]
+    assert "snn-1.tflite: cannot be read" in files["text"]
+
+
+@pytest.mark.broker
+def test_device_that_runs_another_plan_is_found(mosquitto):
+    bundle = toy_bundle()
+    manifest = read_manifest(bundle)
+    info = DeviceInfo(
+        device="eye-0", boot="00000001", plan="0badc0de", version="0.1.0", runtime="litert",
+        nodes=("node-0",), piece_sha256={}, simulated=False, pid=1,
+    )  # fmt: skip
+    with (
+        mosquitto.start() as broker,
+        Link(BrokerAddress(broker.host, broker.port), "toy.eye-0") as agent,
+    ):
+        agent.start(5.0)
+        for leaf, payload in (("info", encode_text(info)), ("status", b"online")):
+            agent.publish(f"shoal/toy/dev/eye-0/{leaf}", payload, qos=1, retain=True)
+        code, found = examined("--bundle", bundle, "--broker", f"{broker.host}:{broker.port}")
+
+    assert code == 2
+    [wrong] = [finding for finding in found["devices"] if finding["level"] == "wrong"]
+    assert f"eye-0 runs plan 0badc0de, the bundle is plan {manifest.plan_id}" in wrong["text"]
 
 
 def test_folder_that_is_no_bundle_is_named(tmp_path):

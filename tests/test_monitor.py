@@ -473,7 +473,9 @@ def test_monitor_once_shows_what_the_broker_retains(fleet_file, agent):
 
     assert shown_text.exit_code == printed.exit_code == 0, shown_text.output + printed.output
     assert "1 of 3 devices online" in shown_text.stdout
-    devices = {device["id"]: device for device in json.loads(printed.stdout)["devices"]}
+    snapshot_now = json.loads(printed.stdout)
+    devices = {device["id"]: device for device in snapshot_now["devices"]}
+    assert snapshot_now["messages_per_s"] == devices["pi-a"]["messages_per_s"] == 0
     assert devices["pi-a"]["status"] == "online"
     assert devices["pi-a"]["info"]["runtime"] == "litert"
     assert devices["mcu-b"]["status"] is None

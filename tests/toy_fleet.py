@@ -47,12 +47,16 @@ def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return data.images.astype(np.uint8)[..., np.newaxis], data.target.astype(np.int64)
 
 
-@functools.cache
 def toy_bundle(devices: int = 3, fusion: str = "entropy_mlp") -> Path:
     """A bundle of `devices` devices and the aggregator "desk"; built once, do not write into it.
 
     The first device is a Raspberry Pi, the second a microcontroller, and so on in turn.
     """
+    return _built(devices, fusion)
+
+
+@functools.cache
+def _built(devices: int, fusion: str) -> Path:
     home = Path(tempfile.mkdtemp(prefix="shoal-toy-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

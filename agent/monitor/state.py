@@ -210,6 +210,13 @@ def _heard(event: Event, device_id: str, state: FleetState) -> FleetState:
     return replace(state, devices={**state.devices, device_id: device})
 
 
+def rates_from(state: FleetState, now_s: float) -> FleetState:
+    """The state with rates that begin now: what a broker had retained is no traffic."""
+    fresh = Rate(now_s)
+    devices = {name: replace(device, rate=fresh) for name, device in state.devices.items()}
+    return replace(state, messages=fresh, payload_bytes=fresh, devices=devices)
+
+
 def snapshot(state: FleetState, now_s: float) -> dict[str, object]:
     """The state as plain JSON types."""
     return {
