@@ -1,8 +1,9 @@
 """What the removal of each unit would do to a small network's outcomes, predicted from gradients.
 
 With masks m (1 = unit read) the damage is D(m) = mean_i w_i KL(p_i || q_i(m)), p the base's outcome
-distribution (own classes, and the rest as one) and q the masked network's. Around the current
-masks, removing units R changes it by about
+distribution (own classes, and the rest as one) and q the masked network's, logits divided by a
+temperature in both. Below 1 it protects who wins rather than by how much: what decisions need.
+Around the current masks, removing units R changes the damage by about
 
     - sum_{n in R} dD/dm_n + 1/2 sum_{n, k in R} G_nk,    G = mean_i w_i J_i^T diag(q_i) J_i
 
@@ -100,6 +101,7 @@ class InfluenceModel:
             tf.TensorSpec((None, None), tf.float32),
             tf.TensorSpec((None,), tf.float32),
             tf.TensorSpec((None, None), tf.float32),
+            tf.TensorSpec((), tf.float32),
         ]
 
         def step(
@@ -109,12 +111,13 @@ class InfluenceModel:
             signs: tf.Tensor,
             weights: tf.Tensor,
             members: tf.Tensor,
+            temperature: tf.Tensor,
         ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             mask = tf.tile(stays, [tf.shape(x)[0], 1])
             with tf.GradientTape(persistent=True) as tape:
                 tape.watch(mask)
                 logits = masked.output_of(masked.run(x, mask, start))
-                log_q = log_outcomes(logits, members)
+                log_q = log_outcomes(logits / temperature, members)
                 divergence = tf.reduce_sum(tf.exp(target) * (target - log_q), 1)
                 damage = tf.reduce_sum(weights * divergence)
                 root = tf.stop_gradient(tf.exp(log_q / 2))
@@ -134,6 +137,7 @@ class InfluenceModel:
         logits: Floats,
         weights: Doubles,
         members: Floats,
+        temperature: float,
         rng: np.random.Generator,
         *,
         batch: int = BATCH,
@@ -146,10 +150,11 @@ class InfluenceModel:
             logits: (N, C) float32 of the unpruned base.
             weights: (N,) of the inputs, sum 1.
             members: (K, C) float32 of `membership`.
+            temperature: Divides all logits.
             rng: Draws the signs.
             batch: Inputs at a time.
         """
-        target = log_outcomes(logits, members).numpy()
+        target = log_outcomes(logits / np.float32(temperature), members).numpy()
         units = self._masked.channels.total
         damage, slope, curvature = 0.0, np.zeros(units), np.zeros((units, units))
         for i in range(0, len(features), batch):
@@ -162,6 +167,7 @@ class InfluenceModel:
                 signs,
                 weights[part].astype(np.float32),
                 members,
+                np.float32(temperature),
             )
             damage += float(d)
             slope += s.numpy()

@@ -13,14 +13,14 @@ uses; the papers do not give every detail, what is filled in is marked [D]:
 - `capnn_b`: offline, the same threshold search for each class alone; online, a unit goes iff it may
   go for every class of the subset.
 
-Two are ours and remove the units of all layers in one order, damage per parameter saved, until a
-size or an accuracy bound is met:
+Two are ours and remove units until a size or an accuracy bound is met:
 
-- `energy`: damage = mean activation energy x squared weights that read the unit, as a share of its
-  layer's; no gradients.
-- `influence` (default): damage to the distribution of outcomes, re-estimated as units go, see
-  `influence`. An outcome is an own class, or the rest: what fusion needs of a small network is as
-  much that foreign inputs show as rest mass as that own classes are told apart.
+- `energy`: every layer loses the same share of its units, those of lowest mean activation energy x
+  squared weights that read them; no gradients.
+- `influence` (default): the units of all layers in one order, least predicted damage to the
+  distribution of outcomes per parameter saved, re-estimated as units go; see `influence`. An
+  outcome is an own class, or the rest: what fusion needs of a small network is as much that foreign
+  inputs show as rest mass as that own classes are told apart.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class PruneOptions:
         target_bytes: Bytes of the int8 weights to keep at most: a device's budget.
         max_drop: Most that the outcome accuracy may lose, in points (1.0 = one input in 100).
         step: Share of the parameters that go between two estimates.
+        temperature: Of the outcomes that `influence` protects; below 1 decisions count for more
+            than degrees of belief.
         own_weight: Weight of the own classes' inputs in damage and outcome accuracy; None = each
             input counts the same.
         seed: Of the estimates' random signs.
@@ -99,6 +101,7 @@ class PruneOptions:
     target_bytes: int | None = None
     max_drop: float | None = None
     step: float = 0.08
+    temperature: float = 0.5
     own_weight: float | None = None
     seed: int = 0
     threshold_start: float = 0.5
@@ -107,6 +110,7 @@ class PruneOptions:
     confusers: int = 5
 
     def __post_init__(self) -> None:
+        """Check ranges and bounds. Raises DataError, naming every mistake."""
         problems = []
         if self.target_ratio is not None and not 0 < self.target_ratio <= 1:
             problems.append(f"target_ratio must be in (0, 1], is {self.target_ratio}")
@@ -116,6 +120,8 @@ class PruneOptions:
             problems.append(f"max_drop must not be negative, is {self.max_drop}")
         if not 0 < self.step < 1:
             problems.append(f"step must be in (0, 1), is {self.step}")
+        if not self.temperature > 0:
+            problems.append(f"temperature must be positive, is {self.temperature}")
         if self.own_weight is not None and not 0 < self.own_weight < 1:
             problems.append(f"own_weight must be in (0, 1), is {self.own_weight}")
         if not 0 < self.threshold_step <= self.threshold_start <= 1:
@@ -490,13 +496,22 @@ class _Search:
     def _damage(self, stays: Bools) -> tuple[Doubles, Doubles | None]:
         """Predicted damage of each unit's removal, and what each removal adds to the others'."""
         if self.options.criterion is Criterion.ENERGY:
-            return self._energy(stays), None
+            return self._energy_ranks(), None
         features, logits, weights = self.inputs
         row = stays.astype(np.float32)[None]
-        found = self.profile.influence(features, row, logits, weights, self.task.members, self.rng)
+        found = self.profile.influence(
+            features,
+            row,
+            logits,
+            weights,
+            self.task.members,
+            self.options.temperature,
+            self.rng,
+        )
         return -found.slope + found.curvature.diagonal() / 2, found.curvature
 
-    def _energy(self, stays: Bools) -> Doubles:
+    def _energy_ranks(self) -> Doubles:
+        """Rank of each unit's energy times squared weights in its group, as a share of its size."""
         profile, channels = self.profile, self.profile.channels
         reads = np.zeros(channels.total)
         for layer in profile.masked.model.layers:
@@ -509,7 +524,7 @@ class _Search:
         damage = np.zeros(channels.total)
         for group, span in self.spans.items():
             values = profile.rates.energy[group] @ share * reads[span]
-            damage[span] = values / max(values.sum(), 1e-30)
+            damage[span] = values.argsort(kind="stable").argsort() / len(values)
         return damage
 
     def _savings(self, stays: Bools) -> tuple[int, Doubles]:
@@ -548,7 +563,9 @@ class _Search:
                     "raise the target, or let more groups be pruned",
                 )
             value = damage[alive]
-            unit = alive[np.where(value > 0, value / gain, value * gain).argmin()]
+            if coupling is not None:
+                value = np.where(value > 0, value / gain, value * gain)
+            unit = alive[value.argmin()]
             stays[unit] = False
             removed += 1
             if coupling is not None:
