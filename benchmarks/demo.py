@@ -21,8 +21,8 @@ import numpy as np
 from agent.ask import Asker
 from agent.protocol.messages import Decision
 from agent.up import FleetProcesses
-from benchmarks.digits_model import train_digits
 from exporter.data import DataSet, load_data
+from exporter.quantize.native_stderr import start_tensorflow
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 12
@@ -40,6 +40,9 @@ def main() -> None:
         folder = Path(name)
         data = load_data("digits")
         say(f"1. Train a small network on {len(data.train)} of scikit-learn's digits.")
+        start_tensorflow()
+        from benchmarks.digits_model import train_digits
+
         train_digits(data, folder / "digits.keras")
         say("\n2. Spread it over the fleet in fleet.yaml, by classes (Edge^nAI):")
         _shoal(folder, say, "export", "digits.keras", "--data", "digits", "--fleet",

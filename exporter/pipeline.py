@@ -28,6 +28,7 @@ from exporter.quantize import (
     tensors,
     verify,
 )
+from exporter.quantize.native_stderr import start_tensorflow
 from exporter.surgery import without_softmax
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def load_model(path: Path) -> keras.Model:
     Raises:
         DataError: not there, not a Keras 3 model, or with several inputs or outputs.
     """
+    start_tensorflow()
     import keras
 
     if not Path(path).is_file():

@@ -49,3 +49,16 @@ def captured_native_stderr() -> Iterator[NativeStderr]:
                 os.close(saved)
             sink.seek(0)
             captured.text = sink.read().decode("utf-8", "replace")
+
+
+def start_tensorflow() -> None:
+    """Load TensorFlow and run a first operation, without what it says of itself on the way.
+
+    Call it before anything else imports TensorFlow or Keras; later calls cost nothing.
+    """
+    if "tensorflow" in sys.modules:
+        return
+    with captured_native_stderr():
+        import tensorflow as tf
+
+        tf.add(tf.zeros(1), 1.0)

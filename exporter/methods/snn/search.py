@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.protocol.errors import DeviceUnreachable, ShoalError
+from exporter.quantize.native_stderr import start_tensorflow
 
 Arrays = Mapping[str, NDArray[Any]]
 """A result: named arrays, no objects."""
@@ -259,6 +260,7 @@ def _start_worker(pickled: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(ONE_THREAD)
     _one_thread()
+    start_tensorflow()
     _in_worker["work"], _in_worker["context"] = pickle.loads(pickled)
 
 
