@@ -38,6 +38,7 @@ from agent.protocol.errors import DeviceUnreachable
 
 KEEPALIVE_S = 10
 CONNECT_TIMEOUT_S = 3.0
+ANSWER_TIMEOUT_S = 3.0
 RECONNECT_FIRST_S = 0.25
 RECONNECT_CAP_S = 5.0
 FLUSH_TIMEOUT_S = 1.0
@@ -567,14 +568,22 @@ class _Connection:
         self, selector: selectors.BaseSelector, sock: Any, service: Callable[[_Connection], None]
     ) -> None:
         writing = False
+        answer_by_s = time.monotonic() + ANSWER_TIMEOUT_S
         while self.client.socket() is not None and time.monotonic() < self._leave_by_s:
+            if not self.accepted and self.end is None and time.monotonic() > answer_by_s:
+                # amqtt is silent for its whole keepalive on a v5 CONNECT with a will.
+                self.end = _End(
+                    f"TCP connected, but no answer to MQTT CONNECT within {ANSWER_TIMEOUT_S:g} s",
+                    too_old=True,
+                )
+                return
             want_write = self.client.want_write()
             if want_write != writing:
                 writing = want_write
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
                 selector.modify(sock, events)
             readable = False
-            for key, mask in selector.select(1.0):
+            for key, mask in selector.select(1.0 if self.accepted else ANSWER_TIMEOUT_S / 8):
                 if key.fileobj is self._wake_reader:
                     with suppress(BlockingIOError):
                         self._wake_reader.recv(4096)

@@ -142,7 +142,7 @@ class _Process:
 
     @property
     def running(self) -> bool:
-        return self._popen is not None and self._popen.poll() is None
+        return self._thread.is_alive()  # until its end has been told
 
     def end(self) -> None:
         """Ask it to stop; a frozen one is woken to hear it."""

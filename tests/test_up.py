@@ -13,6 +13,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+import agent.broker
 from agent.ask import Asker
 from agent.cli import main
 from agent.link import BrokerAddress, Link
@@ -262,6 +263,19 @@ def test_running_broker_is_used_and_left_running(mosquitto):
 
     assert listed["broker"] == f"mqtt://{broker.host}:{broker.port}"
     assert len(children) == 4
+
+
+def test_fleet_comes_up_and_decides_where_only_amqtt_is_installed(monkeypatch):
+    monkeypatch.setattr(agent.broker, "find_mosquitto", lambda program="mosquitto": None)
+    frames, _ = digits()
+    with FleetProcesses(toy_bundle(), private_broker=True) as processes:
+        assert processes.broker.kind == "amqtt"
+        processes.wait_ready()
+        target = processes.target
+        with Asker(target.manifest, target.fleet, target.broker) as asker:
+            decision = asker.ask(frames[-1])
+
+    assert decision.contributors == ("node-0", "node-1", "node-2")
 
 
 def test_end_of_a_process_is_told_with_its_last_words():
