@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.protocol.errors import DeviceUnreachable, ShoalError
-from exporter.quantize.native_stderr import start_tensorflow
+from exporter.quantize.native_stderr import captured_native_stderr
 
 Arrays = Mapping[str, NDArray[Any]]
 """A result: named arrays, no objects."""
@@ -260,8 +260,8 @@ def _start_worker(pickled: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(ONE_THREAD)
     _one_thread()
-    start_tensorflow()
-    _in_worker["work"], _in_worker["context"] = pickle.loads(pickled)
+    with captured_native_stderr():  # TensorFlow loads here, if the context holds a network
+        _in_worker["work"], _in_worker["context"] = pickle.loads(pickled)
 
 
 def _one_thread() -> None:
