@@ -1,0 +1,179 @@
+"""From trigger to decision with ten agents, against the same fan-in with bare paho-mqtt.
+
+Both fleets stay up around one private broker; blocks of requests alternate between them, so that
+whatever else the machine does hits both. What is compared, and what is subtracted, is written in
+METHODOLOGY.md.
+
+python -m benchmarks.fleet_latency [--requests 2000] [--json] [--keep]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.ask import Asker
+from agent.protocol.messages import ANSWER_BODY, CRC, HEADER, Decision, Header, Request
+from agent.protocol.messages import encode as encode_message
+from agent.protocol.messages import encode_text
+from agent.up import FleetProcesses
+from benchmarks.bare_fan_in import Requester
+from benchmarks.record import ROOT, Row, circumstances, report
+from benchmarks.ten_devices import DEVICES, frames, ten_device_bundle
+
+NAME = "fleet_latency"
+TARGET_RATIO = 1.3
+BLOCK = 20
+WARM_UP = 20
+ANSWER_BYTES = HEADER.size + ANSWER_BODY.size + CRC.size
+PERCENTILES = (50, 90, 99)
+
+
+def measure(requests: int) -> dict[str, Any]:
+    """Run both fleets and compare them."""
+    pool = frames()
+    with ExitStack() as stack:
+        fleet = stack.enter_context(FleetProcesses(ten_device_bundle(), private_broker=True))
+        fleet.wait_ready()
+        manifest, target = fleet.target.manifest, fleet.target
+        assert manifest is not None
+        asker = stack.enter_context(Asker(manifest, target.fleet, target.broker))
+        first = asker.submit(pool[0])
+        decision = first.result()
+        request = Request(Header(0, 0, 0), 500, pool[0])
+        sizes = {
+            "request": len(encode_message(request)),
+            "answer": ANSWER_BYTES,
+            "decision": len(encode_text(decision)),
+        }
+        port = target.broker.port
+        bare = stack.enter_context(_bare_fleet(port, sizes))
+        for i in range(WARM_UP):
+            asker.ask(pool[i])
+            bare.ask()
+        shoal_ms, bare_ms, inference_ms, decisions = _alternate(asker, bare, pool, requests)
+    assert all(len(d.contributors) == DEVICES for d in decisions), "a device was missing"
+    net_ms = shoal_ms - inference_ms
+    blocks = np.median(net_ms.reshape(-1, BLOCK), axis=1) / np.median(
+        bare_ms.reshape(-1, BLOCK), axis=1
+    )
+    return {
+        "requests_each": len(net_ms),
+        "devices": DEVICES,
+        "payload_bytes": sizes,
+        "first_request_ms": round(first.round_trip_ms, 3),
+        "shoal_ms": _percentiles(shoal_ms),
+        "slowest_inference_ms": _percentiles(inference_ms),
+        "shoal_net_ms": _percentiles(net_ms),
+        "bare_ms": _percentiles(bare_ms),
+        "parts_ms_p50": {
+            part: round(float(np.median([getattr(d.latency, part) for d in decisions])), 4)
+            for part in ("total_ms", "queue_ms", "inference_ms", "wire_ms", "fusion_ms")
+        },
+        "ratio": {
+            "p50": round(float(np.median(net_ms) / np.median(bare_ms)), 3),
+            "block_median": round(float(np.median(blocks)), 3),
+            "block_p10": round(float(np.percentile(blocks, 10)), 3),
+            "block_p90": round(float(np.percentile(blocks, 90)), 3),
+        },
+        "circumstances": circumstances("paho-mqtt", "numpy", "ai-edge-litert", "pydantic"),
+    }
+
+
+def _alternate(
+    asker: Asker, bare: Requester, pool: NDArray[np.uint8], requests: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], list[Decision]]:
+    """Blocks of requests in turn; whole round trips as the asking thread sees them."""
+    shoal_ms, bare_ms, decisions = [], [], []
+    for block in range(-(-requests // BLOCK)):
+        for i in range(BLOCK):
+            frame = pool[(block * BLOCK + i) % len(pool)]
+            begin = time.perf_counter()
+            decision = asker.ask(frame)
+            shoal_ms.append((time.perf_counter() - begin) * 1e3)
+            decisions.append(decision)
+        for _ in range(BLOCK):
+            begin = time.perf_counter()
+            bare.ask()
+            bare_ms.append((time.perf_counter() - begin) * 1e3)
+    inference_ms = np.array([d.latency.inference_ms for d in decisions])
+    return np.array(shoal_ms), np.array(bare_ms), inference_ms, decisions
+
+
+@contextmanager
+def _bare_fleet(port: int, sizes: dict[str, int]) -> Iterator[Requester]:
+    """Ten responders and a collector, each a process."""
+    roles = [("responder", i, sizes["answer"]) for i in range(DEVICES)]
+    roles.append(("collector", DEVICES, sizes["decision"]))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.bare_fan_in", str(port), *map(str, role)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for role in roles
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            if process.stdout.readline() != b"ready\n":
+                raise RuntimeError("a process of the bare fan-in did not start")
+        requester = Requester(port, sizes["request"])
+        yield requester
+        requester.stop()
+    finally:
+        for process in processes:
+            process.communicate()
+
+
+def _percentiles(values: NDArray[np.float64]) -> dict[str, float]:
+    return {f"p{p}": round(float(np.percentile(values, p)), 3) for p in PERCENTILES}
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """The lines of the table."""
+    net, bare, ratio = result["shoal_net_ms"], result["bare_ms"], result["ratio"]
+    return [
+        Row(
+            f"trigger to decision, {result['devices']} agents on loopback, less the slowest "
+            "inference / the same fan-in with bare paho (p50)",
+            f"<= {TARGET_RATIO}",
+            f"{ratio['p50']:.2f} (blocks: median {ratio['block_median']:.2f}, 10 % to 90 % "
+            f"{ratio['block_p10']:.2f} to {ratio['block_p90']:.2f}); "
+            f"{net['p50']:.2f} ms against {bare['p50']:.2f} ms",
+            ratio["p50"] <= TARGET_RATIO,
+        ),
+        Row(
+            "the same, p90 / p99",
+            "-",
+            f"{net['p90']:.2f} / {net['p99']:.2f} ms against "
+            f"{bare['p90']:.2f} / {bare['p99']:.2f} ms",
+            None,
+        ),
+        Row(
+            "first request after the fleet is up", "-", f"{result['first_request_ms']:.1f} ms", None
+        ),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=2000, help="of each fleet")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/")
+    chosen = parser.parse_args()
+    result = measure(chosen.requests)
+    return report(NAME, result, rows(result), as_json=chosen.json, keep=chosen.keep)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

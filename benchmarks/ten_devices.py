@@ -1,0 +1,73 @@
+"""The fleet that the runtime benchmarks run: ten devices, one digit each, and an aggregator.
+
+Trained and exported as a user would, once; kept in .cache/benchmarks/ten_devices.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.record import ROOT
+from exporter.data import load_data
+
+HOME = ROOT / ".cache" / "benchmarks" / "ten_devices"
+DEVICES = 10
+AGGREGATOR = "desk"
+
+
+def device_ids() -> list[str]:
+    """Ids of the devices that see the frames."""
+    return [f"eye-{i}" for i in range(DEVICES)]
+
+
+def ten_device_bundle() -> Path:
+    """The bundle's folder; the first call takes about a minute."""
+    bundle = HOME / "bundle"
+    if not (bundle / "manifest.json").is_file():
+        shutil.rmtree(HOME, ignore_errors=True)
+        HOME.mkdir(parents=True)
+        (HOME / "fleet.yaml").write_text(_fleet_text())
+        print("building the fleet of ten devices, once ...", file=sys.stderr)
+        # In processes of their own: TensorFlow must not be in this one.
+        for command in (
+            [sys.executable, "-m", "benchmarks.ten_devices", "digits.keras"],
+            [sys.executable, "-m", "agent", "export", str(HOME / "digits.keras"), "--data",
+             "digits", "--fleet", str(HOME / "fleet.yaml"), "--cache", str(HOME / "cache"),
+             "-o", str(bundle)],
+        ):  # fmt: skip
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return bundle
+
+
+def frames() -> NDArray[np.uint8]:
+    """All of scikit-learn's digits as frames, (1797, 8, 8, 1) uint8, no two alike."""
+    data = load_data("digits")
+    parts = [data.train.frames, data.held_out.frames, data.test.frames]
+    unique: NDArray[np.uint8] = np.unique(np.concatenate(parts).astype(np.uint8), axis=0)
+    return unique
+
+
+def _fleet_text() -> str:
+    lines = ["shoal: 1", "fleet: ten", "deadline: 500 ms", f"aggregator: {AGGREGATOR}", "devices:"]
+    lines += [f"  - {{id: {name}, kind: pi-4}}" for name in device_ids()]
+    lines += [f"  - {{id: {AGGREGATOR}, kind: pi-5, tier: edge}}"]
+    return "\n".join(lines) + "\n"
+
+
+def _train(path: Path) -> None:
+    from exporter.quantize.native_stderr import start_tensorflow
+
+    start_tensorflow()
+    from benchmarks.digits_model import train_digits
+
+    train_digits(load_data("digits"), path)
+
+
+if __name__ == "__main__":
+    _train(HOME / sys.argv[1])
