@@ -34,7 +34,7 @@ def _inputs(command: F) -> F:
         click.option("--method", default="snn", show_default=True, type=click.Choice(METHOD_NAMES)),
         click.option(
             "--max-drop",
-            default=1.0,
+            default=0.5,
             show_default=True,
             type=click.FloatRange(0, 100),
             help="Accuracy that pruning may cost each piece, in points.",
@@ -71,16 +71,21 @@ def _inputs(command: F) -> F:
             type=click.Choice(["auto", "rest", "own"]),
             help="Entropy over a piece's own classes and the rest, or (as the paper) own alone.",
         ),
-        click.option("--workers", default=0, help="Processes of the search; 0 = one a core."),
+        click.option(
+            "--workers",
+            default=0,
+            type=click.IntRange(0),
+            help="Processes of the search; 0 = one a core.",
+        ),
         click.option("--dask", metavar="SCHEDULER", help="Spread the search over a Dask cluster."),
         click.option(
             "--cache",
             default=".cache/shoal",
             show_default=True,
-            type=click.Path(path_type=Path),
+            type=click.Path(path_type=Path, file_okay=False),
             help="Where finished steps of a search are kept.",
         ),
-        click.option("--seed", default=0, show_default=True),
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(0)),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     ]
     for option in reversed(options):
@@ -156,6 +161,12 @@ def plan(model: Path, data: str, fleet: Path, method: str, as_json: bool, **chos
     help="The bundle folder; an earlier bundle there is replaced.",
 )
 @click.option("--float", "as_float", is_flag=True, help="Export float32 pieces instead of int8.")
+@click.option(
+    "--allow-drift",
+    is_flag=True,
+    help="Accept LiteRT pieces that differ from the reference kernels by more than 2 steps, if "
+    "they are as near to the float model. The manifest and the report say which.",
+)
 def export(
     model: Path,
     data: str,
@@ -163,6 +174,7 @@ def export(
     method: str,
     out: Path,
     as_float: bool,
+    allow_drift: bool,
     as_json: bool,
     **chosen: Any,
 ) -> None:
@@ -179,6 +191,7 @@ def export(
             method=method,
             options=_options(chosen),
             dtype="float32" if as_float else "int8",
+            allow_drift=allow_drift,
             progress=progress,
         )
     if as_json:
@@ -239,15 +252,19 @@ def report(bundle: Path, as_json: bool) -> None:
 
 
 def _options(chosen: dict[str, Any]) -> Any:
+    from exporter.methods.snn.compensate import CompensateOptions
+    from exporter.methods.snn.distill import DistillOptions
     from exporter.methods.snn.method import SnnOptions
     from exporter.methods.snn.prune import Criterion
+
+    epochs = chosen["distill"]
 
     return SnnOptions(
         max_drop=chosen["max_drop"],
         keep=chosen["keep"],
         criterion=Criterion(chosen["criterion"]),
-        compensate=chosen["compensate"],
-        distill_epochs=chosen["distill"],
+        compensate=CompensateOptions(seed=chosen["seed"]) if chosen["compensate"] else None,
+        distill=DistillOptions(epochs=epochs, seed=chosen["seed"]) if epochs else None,
         outcomes=chosen["outcomes"],
         workers=chosen["workers"],
         dask_scheduler=chosen["dask"],

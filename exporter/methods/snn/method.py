@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.protocol.errors import PlanDoesNotFit
+from agent.protocol.errors import DataError
 from agent.protocol.fleet import Device, Fleet
 from agent.protocol.manifest import Figure
 from agent.protocol.messages import ANSWER_BODY, CRC, HEADER
@@ -31,9 +34,10 @@ from agent.protocol.plan import (
     Strategy,
 )
 from agent.protocol.scores import Answers, answer, entropy_features
-from exporter.cost import INTERPRETER_CODE_BYTES
+from exporter.cost.piece import INTERPRETER_CODE_BYTES
 from exporter.data import DataSet, Split
 from exporter.methods.face import Design, Progress, RunPiece, Settled, TrainedPiece
+from exporter.surgery import without_softmax
 
 from .aggregator import (
     Aggregator,
@@ -45,7 +49,10 @@ from .aggregator import (
     to_keras,
     train,
 )
+from .compensate import CompensateOptions, compensate
+from .distill import DistillOptions, Row, distill
 from .estimate import EntropyEstimator, Outcomes, own_class_probabilities
+from .masked import Floats
 from .partition import (
     Partition,
     PartitionOptions,
@@ -78,26 +85,28 @@ class SnnOptions:
 
     Attributes:
         criterion: What pruning goes by.
-        max_drop: Outcome accuracy that pruning may cost each SNN, in points; not for CAP'NN
-            criteria, nor where `keep` is given.
+        max_drop: Accuracy that pruning may cost each SNN, in points: of its outcomes, or with a
+            CAP'NN criterion of any own class. Not looked at where `keep` is given.
         keep: Share of the base's parameters that each SNN keeps, instead of a bound on accuracy.
-        compensate: Re-solve the layers after pruned ones in closed form.
-        distill_epochs: Then train towards the base's outputs; 0 = not.
+        compensate: Solve the weights after pruned layers again in closed form; None = not.
+        distill: Then train towards the base's outcomes, with a rest row; None = not.
+        distill_samples: Training inputs for that at most.
         outcomes: `rest`, `own` (as the paper), or `auto`: the better one on held-out data.
         prune_samples: Inputs that pruning decides by; training data fills up what held-out data
             does not give.
         partition: Sizes of the partition search.
         workers: Processes; 0 = one a processor.
-        dask_scheduler: Address of a Dask scheduler that takes their place.
+        dask_scheduler: Address of a Dask scheduler whose workers take their place.
         cache: Folder of finished steps.
         seed: Of everything random.
     """
 
     criterion: Criterion = Criterion.INFLUENCE
-    max_drop: float = 1.0
+    max_drop: float = 0.5
     keep: float | None = None
-    compensate: bool = False
-    distill_epochs: int = 0
+    compensate: CompensateOptions | None = None
+    distill: DistillOptions | None = None
+    distill_samples: int = 50_000
     outcomes: Literal["auto", "rest", "own"] = "auto"
     prune_samples: int = 2_000
     partition: PartitionOptions = QUICK_SEARCH
@@ -106,15 +115,26 @@ class SnnOptions:
     cache: Path = Path(".cache/shoal")
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check what contradicts. Raises DataError, naming all of it."""
+        problems = []
+        searching = self.criterion in (Criterion.ENERGY, Criterion.INFLUENCE)
+        if self.keep is not None and not searching:
+            problems.append(f"{self.criterion.value} prunes to an accuracy, it cannot take `keep`")
+        if self.distill is not None and self.outcomes == "own":
+            problems.append("distilled networks have a rest row: outcomes cannot be 'own'")
+        if problems:
+            raise DataError("\n".join(problems), "leave one of the two options out")
+
     @property
     def pruning(self) -> PruneOptions:
         """The same as options of `prune`."""
         searching = self.criterion in (Criterion.ENERGY, Criterion.INFLUENCE)
         return PruneOptions(
             criterion=self.criterion,
-            target_ratio=self.keep if searching else None,
+            target_ratio=self.keep,
             max_drop=self.max_drop if searching and self.keep is None else None,
-            max_class_drop=3.0 if searching else self.max_drop,
+            max_class_drop=self.max_drop,
             seed=self.seed,
         )
 
@@ -126,7 +146,7 @@ class _Snn:
     piece: str
     device: Device
     pruned: PrunedSnn
-    logits: tuple[int | Literal["rest"], ...]
+    logits: tuple[Row, ...]
 
     def rule(self, threshold: float = 1.0) -> AnswerRule:
         return AnswerRule(
@@ -140,20 +160,22 @@ class _Pruning:
 
     profile: BaseProfile
     options: PruneOptions
-    features: NDArray[np.float32]
+    features: Floats
     """Of the threshold set, at the profile's start."""
 
     def key(self, classes: Sequence[int]) -> str:
-        options = {k: getattr(v, "value", v) for k, v in asdict(self.options).items()}
-        return content_key(what="prune", base=self._base, options=options, classes=list(classes))
+        """Of what pruning for these classes depends on."""
+        return content_key(what="prune", base=self._base, classes=list(classes))
 
-    @property
+    @cached_property
     def _base(self) -> str:
         return content_key(
+            version=version("shoal"),
             features=self.features,
             inputs=self.profile.features,
             labels=self.profile.labels,
             logits=self.profile.logits,
+            options=plain(self.options),
         )
 
 
@@ -188,7 +210,7 @@ class _Search:
     """Pruned networks for class sets, computed in parallel and remembered."""
 
     def __init__(self, work: _Pruning, options: SnnOptions, progress: Progress) -> None:
-        self.work, self.progress = work, progress
+        self.work, self.options, self.progress = work, options, progress
         self.cache = ResultCache(options.cache)
         self.workers = Workers(options.workers or None, options.dask_scheduler)
         self.done: dict[tuple[int, ...], dict[str, NDArray[Any]]] = {}
@@ -260,7 +282,10 @@ class SNN:
         found = _partition(search, thresholds.labels, fleet, options, progress)
         snns = _assign(search, found.best.partition, thresholds.labels, fleet, options)
         calibration = data.inputs(parts["prune"].frames)
-        models = _finish(base, profile, snns, data, options, progress)
+        if options.compensate is None and options.distill is None:
+            models = [build(base, snn.pruned) for snn in snns]
+        else:
+            snns, models = _retrained(search, base, snns, calibration, data)
         pieces = tuple(
             TrainedPiece(
                 name=snn.piece,
@@ -492,7 +517,7 @@ def _assign(
     if options.outcomes != "rest" and all(len(classes) > 1 for classes in partition):
         own_rows = [[row.index(c) for c in s.classes] for row, s in zip(rows, every, strict=True)]
     elif options.outcomes == "own":
-        raise PlanDoesNotFit(
+        raise DataError(
             "outcomes 'own' need two classes or more a device: an entropy over one is always 0",
             "leave --outcomes at auto, or use fewer devices",
         )
@@ -517,21 +542,98 @@ def _assign(
     return tuple(own if own_score > rest_score else with_rest)
 
 
-def _finish(
-    base: keras.Model,
-    profile: BaseProfile,
-    snns: Sequence[_Snn],
-    data: DataSet,
-    options: SnnOptions,
-    progress: Progress,
-) -> list[keras.Model]:
-    """The networks themselves, compensated and distilled if that was asked for."""
-    models = []
-    for done, snn in enumerate(snns):
-        progress("build the SNNs", done, len(snns))
-        models.append(build(base, snn.pruned))
-    progress("build the SNNs", len(snns), len(snns))
-    return models
+@dataclass(frozen=True, eq=False)
+class _Retraining:
+    """What a worker needs to compensate and distill any of the SNNs."""
+
+    base: keras.Model
+    options: SnnOptions
+    held_out: Floats
+    frames: NDArray[Any]
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    def key(self, snn: _Snn) -> str:
+        """Of what the result for this SNN depends on."""
+        keep = {group: np.packbits(mask) for group, mask in snn.pruned.keep.items()}
+        return content_key(
+            what="retrain", data=self._data, keep=keep, classes=list(snn.pruned.classes)
+        )
+
+    @cached_property
+    def _data(self) -> str:
+        return content_key(
+            version=version("shoal"),
+            base=[np.asarray(w) for w in self.base.get_weights()],
+            compensate=plain(self.options.compensate),
+            distill=plain(self.options.distill),
+            held_out=self.held_out,
+            frames=self.frames,
+            preprocessing=[list(self.scale), list(self.offset)],
+        )
+
+
+def _retrain_one(work: _Retraining, snn: _Snn) -> dict[str, NDArray[Any]]:
+    """A compensated, distilled network: its configuration as JSON bytes, and its weights."""
+    model = build(work.base, snn.pruned)
+    rows: tuple[Row, ...] = snn.logits
+    if work.options.compensate is not None:
+        compensated = compensate(
+            work.base, model, snn.pruned, work.held_out, options=work.options.compensate
+        )
+        model = compensated.model
+    if work.options.distill is not None:
+        inputs = work.frames.astype(np.float32) * np.asarray(work.scale, np.float32)
+        inputs += np.asarray(work.offset, np.float32)
+        distilled = distill(work.base, model, snn.pruned, inputs, options=work.options.distill)
+        model, rows = distilled.model, distilled.rows
+    weights = {f"weight/{i:04d}": np.asarray(w) for i, w in enumerate(model.get_weights())}
+    return {
+        **weights,
+        "config": np.frombuffer(model.to_json().encode(), np.uint8),
+        "rows": np.asarray([str(row) for row in rows]),
+    }
+
+
+def _retrained(
+    search: _Search, base: keras.Model, snns: Sequence[_Snn], held_out: Floats, data: DataSet
+) -> tuple[tuple[_Snn, ...], list[keras.Model]]:
+    """The SNNs compensated and distilled, in parallel, and their networks."""
+    import keras
+
+    options = search.options
+    order = np.random.default_rng(options.seed).permutation(len(data.train))
+    frames = data.train.frames[np.sort(order[: options.distill_samples])]
+    work = _Retraining(
+        without_softmax(base), options, held_out, frames, data.frame.scale, data.frame.offset
+    )
+    results = map_cached(
+        _retrain_one,
+        work,
+        snns,
+        work.key,
+        cache=search.cache,
+        workers=search.workers,
+        progress=search.progress,
+        what="distill" if options.distill is not None else "compensate",
+    )
+    models, finished = [], []
+    for snn, result in zip(snns, results, strict=True):
+        model = keras.models.model_from_json(result["config"].tobytes().decode())
+        model.set_weights([w for k, w in sorted(result.items()) if k.startswith("weight/")])
+        models.append(model)
+        rows: tuple[Row, ...] = tuple(
+            "rest" if row == "rest" else int(row) for row in result["rows"].tolist()
+        )
+        finished.append(replace(snn, logits=rows))
+    return tuple(finished), models
+
+
+def plain(options: Any) -> dict[str, Any] | None:
+    """Options as numbers and text, for keys of cached results."""
+    if options is None:
+        return None
+    return {k: v.value if isinstance(v, Enum) else v for k, v in asdict(options).items()}
 
 
 def _plan(snns: Sequence[_Snn], settled: SettledAnswers, data: DataSet, aggregator: Device) -> Plan:
@@ -590,7 +692,7 @@ def _labels(classes: Sequence[int], data: DataSet) -> str:
     return ", ".join(data.classes[c] for c in classes)
 
 
-def _search_section(found: PartitionSearch, data: DataSet, notes: Sequence[str]) -> dict[str, Any]:
+def _search_section(found: PartitionSearch, data: DataSet) -> dict[str, Any]:
     how = "all" if found.exhaustive else f"{len(found.ranking):,} of"
     return {
         "title": "Partition of the classes",
