@@ -38,9 +38,9 @@ from agent.protocol.messages import (
     Status,
     TensorPart,
 )
-from agent.protocol.plan import ANSWER_FUSIONS, AnswerRule, Fusion, Node, Output, Strategy
+from agent.protocol.plan import ANSWER_FUSIONS, Fusion, Node, Output, Strategy
 from agent.protocol.quantization import dequantize
-from agent.protocol.scores import answer, normalized_entropy, softmax
+from agent.protocol.scores import RowReader, normalized_entropy, softmax
 
 KEPT_REQUESTS = 64
 """How many requests a node keeps its features of, in case it is asked for them."""
@@ -55,7 +55,7 @@ _KIND_OF_OUTPUT = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Run:
     """Run a piece, then call `ran`, or `failed` if that is impossible.
 
@@ -76,14 +76,14 @@ class Run:
     collection: Collection | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Send:
     """Publish a message on the topic of its kind."""
 
     message: Answer | TensorPart | Escalation
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Decide:
     """Publish the fleet's decision."""
 
@@ -93,7 +93,7 @@ class Decide:
 Effect = Run | Send | Decide
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Verdict:
     """A class, and how sure."""
 
@@ -139,7 +139,7 @@ class _LocalNode:
     gate: int | None
     """The highest exit below: this node is asked only when that one is unsure."""
     deadline_share: float
-    rule: AnswerRule | None
+    rule: RowReader | None
     outputs: frozenset[MessageKind]
     gather: Gather | None
     shapes: tuple[tuple[int, ...], ...]
@@ -345,15 +345,16 @@ class Engine:
         verdict: _Verdict | None = None
         try:
             if local.rule is not None:
-                told = answer(real.reshape(1, -1), local.rule)
+                told = local.rule.read(real.reshape(-1).tolist())
                 parts[MessageKind.ANSWER] = Answer(
                     header,
-                    int(told.classes[0]),
-                    bool(told.known[0]),
-                    float(told.entropies[0]),
-                    float(told.confidences[0]),
+                    told.class_index,
+                    told.known,
+                    told.entropy,
+                    told.confidence,
                     *timing,
                 )
+                verdict = _Verdict(told.class_index, told.known, told.entropy)
             elif local.exit_threshold is not None:
                 verdict = _verdict(real)
         except ScoreError:
@@ -362,9 +363,6 @@ class Engine:
             parts[MessageKind.SCORES] = TensorPart(MessageKind.SCORES, header, real, *timing)
         if MessageKind.FEATURES in local.outputs:
             parts[MessageKind.FEATURES] = TensorPart(MessageKind.FEATURES, header, stored, *timing)
-        told_part = parts.get(MessageKind.ANSWER)
-        if isinstance(told_part, Answer):
-            verdict = _Verdict(told_part.class_index, told_part.known, told_part.entropy)
         collection = run.collection
         if collection is None:
             collection = Collection(run.request, run.since_s, run.since_s, armed=True)
@@ -826,6 +824,7 @@ def _place(
                 on_demand.setdefault(gate, set()).add(kind)
             if listener.device != device:
                 elsewhere.add(kind)
+        rule = None if node.piece is None else manifest.plan.piece(node.piece).answer
         shapes = tuple(_shape_of(manifest, strategy, strategy.node(x)) for x in node.listens_to)
         placed.append(
             _LocalNode(
@@ -836,7 +835,7 @@ def _place(
                 is_last=node is strategy.aggregator,
                 gate=_gate(strategy, node.tier),
                 deadline_share=stages[node.name] / max(1, stages[strategy.aggregator.name]),
-                rule=None if node.piece is None else manifest.plan.piece(node.piece).answer,
+                rule=None if rule is None else RowReader(rule),
                 outputs=_outputs(manifest, strategy, node),
                 gather=Gather(int(manifest.plan_id, 16), index, sources, roster, max_open)
                 if sources

@@ -6,6 +6,9 @@ applied with them.
 
 from __future__ import annotations
 
+import math
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,6 +145,70 @@ def answer(logits: ArrayLike, rule: AnswerRule) -> Answers:
         confidences=confidences,
         known=known,
     )
+
+
+@dataclass(frozen=True)
+class RowAnswer:
+    """What one piece says about one input; fields as in `Answers`."""
+
+    class_index: int
+    known: bool
+    entropy: float
+    confidence: float
+
+
+class RowReader:
+    """`answer` for one row at a time: the same result, without numpy's cost per call.
+
+    A device answers one frame at a time, and on ten numbers some twenty array operations take ten
+    times as long as the arithmetic. Every value that `answer` rounds to float32 is rounded here.
+
+    Args:
+        rule: The piece's classes, rows and calibrated threshold.
+    """
+
+    def __init__(self, rule: AnswerRule) -> None:
+        self._classes = rule.classes
+        self._own = tuple(rule.logits.index(c) for c in rule.classes)
+        self._foreign = tuple(i for i in range(len(rule.logits)) if i not in self._own)
+        self._rows = len(rule.logits)
+        self._log_outcomes = math.log(len(self._own) + bool(self._foreign))
+        self._threshold = _to_float32([rule.dont_know_threshold])[0]
+
+    def read(self, logits: Sequence[float]) -> RowAnswer:
+        """The answer of one row.
+
+        Args:
+            logits: K real numbers, K = len(rule.logits).
+
+        Raises:
+            ScoreError: wrong width or non-finite entries.
+        """
+        if len(logits) != self._rows:
+            raise ScoreError(f"expected {self._rows} logits, got {len(logits)}")
+        highest = max(logits)
+        if not math.isfinite(sum(logits)):
+            raise ScoreError(
+                "logits hold NaN or infinite entries: the piece's output is not usable"
+            )
+        exponentials = [math.exp(value - highest) for value in logits]
+        total = sum(exponentials)
+        p = _to_float32([value / total for value in exponentials])
+        outcomes = [p[i] for i in self._own]
+        confidence = max(outcomes)
+        best = outcomes.index(confidence)
+        rest = 0.0
+        if self._foreign:
+            rest = _to_float32([sum(p[i] for i in self._foreign)])[0]
+            outcomes.append(rest)
+        spread = -sum(q * math.log(q) for q in outcomes if q > 0.0) / self._log_outcomes
+        entropy = _to_float32([min(max(spread, 0.0), 1.0)])[0]
+        known = rest <= confidence and entropy <= self._threshold
+        return RowAnswer(self._classes[best], known, entropy if known else 1.0, confidence)
+
+
+def _to_float32(values: list[float]) -> list[float]:
+    return array("f", values).tolist()
 
 
 def exits(entropies: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:

@@ -1,0 +1,58 @@
+"""One row at a time must say what `answer` says of many rows: devices against the exporter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from agent.protocol.errors import ScoreError
+from agent.protocol.plan import AnswerRule
+from agent.protocol.scores import (
+    RowReader,
+    answer,
+    normalized_entropy,
+    outcome_probabilities,
+)
+
+RULES = [
+    AnswerRule(classes=(4,), logits=(4, "rest"), dont_know_threshold=0.3),
+    AnswerRule(classes=(0, 1, 2), logits=(0, 1, 2), dont_know_threshold=0.5),
+    AnswerRule(classes=(7, 2), logits=(0, 2, 5, 7, 9), dont_know_threshold=0.8),
+    AnswerRule(classes=(3, 1), logits=("rest", 1, 3), dont_know_threshold=1.0),
+    AnswerRule(classes=tuple(range(10)), logits=(*range(10), "rest"), dont_know_threshold=0.0),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(data=st.data())
+def test_one_row_says_the_same_as_many(rule: AnswerRule, data: st.DataObject) -> None:
+    width = len(rule.logits)
+    values = st.lists(st.floats(-6, 6, width=32), min_size=width, max_size=width, unique=True)
+    logits = data.draw(values)
+    outcomes = np.sort(outcome_probabilities([logits], rule)[0])
+    spread = float(normalized_entropy(outcomes))
+    # exp of numpy and of the C library may differ in the last of 53 bits, float32 keeps 24: what
+    # a comparison decides is compared where it does not hang on the last bit.
+    assume(abs(spread - rule.dont_know_threshold) > 1e-6)
+    assume(np.diff(outcomes).min() > 1e-6)
+    many, one = answer([logits], rule), RowReader(rule).read(logits)
+    assert one.class_index == many.classes[0]
+    assert one.known == many.known[0]
+    assert one.entropy == pytest.approx(float(many.entropies[0]), abs=1e-6)
+    assert one.confidence == pytest.approx(float(many.confidences[0]), abs=1e-6)
+
+
+def test_certain_and_tied_rows() -> None:
+    reader = RowReader(RULES[0])
+    certain = reader.read([1000.0, 0.0])
+    assert (certain.class_index, certain.known, certain.entropy) == (4, True, 0.0)
+    tied = reader.read([0.0, 0.0])
+    assert (tied.known, tied.entropy, tied.confidence) == (False, 1.0, 0.5)
+
+
+@pytest.mark.parametrize("logits", [[1.0], [1.0, 2.0, 3.0], [float("nan"), 0.0], [float("inf"), 0]])
+def test_what_are_no_logits_is_refused(logits: list[float]) -> None:
+    with pytest.raises(ScoreError):
+        RowReader(RULES[0]).read(logits)
