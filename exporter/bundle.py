@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from agent.protocol.manifest import (
 from agent.protocol.plan import Plan
 from exporter.cost import PieceCost
 from exporter.quantize import TensorDetail, Verification, operators, tensors, tflm_source
-from exporter.report import REPORT_DATA, write_report
+from exporter.report import REPORT_DATA, REPORT_PAGE, write_report
 
 FLEET_COPY = "fleet.yaml"
 
@@ -53,31 +54,72 @@ class ExportedPiece:
     verification: Verification
 
 
-@contextmanager
-def fresh_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `target` once all is written.
-
-    An earlier bundle at `target` is replaced; anything else there is kept and refused.
+def check_target(target: Path) -> None:
+    """Refuse a place that a bundle cannot take, before the long work.
 
     Raises:
-        ShoalError: `target` is a file, or a folder that holds something else than a bundle.
+        ShoalError: `target` is a file or cannot be made, or it is a folder that holds anything
+            but an earlier bundle: what is there is left as it is.
     """
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not (target / FILE_NAME).is_file():
+    target = target.resolve()
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ShoalError(f"{target}: cannot be made: {parent} is no folder to write to")
+    if not target.exists():
+        return
+    foreign = _foreign(target) if target.is_dir() else [target.name]
+    if foreign:
         raise ShoalError(
-            f"{target} exists and is not a bundle: it is left as it is",
+            f"{target} exists and is no bundle, or holds more than one: {', '.join(foreign)}; "
+            "it is left as it is",
             "name a new folder with -o, or remove it first",
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What of a folder is no part of a bundle, at most three names."""
+    found = sorted(path.name for path in folder.iterdir())
+    try:
+        index = json.loads((folder / FILE_NAME).read_bytes())
+        homes = {entry["model"]["path"].split("/")[0] for entry in index["pieces"]}
+        own = {FILE_NAME, FLEET_COPY, REPORT_DATA, REPORT_PAGE} | homes
+        if not index["plan_id"]:
+            own = set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        own = set()
+    return [name for name in found if name not in own][:3]
+
+
+@contextmanager
+def fresh_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place once all is written.
+
+    Until then, an earlier bundle at `target` stays as it is, also if the body raises.
+
+    Raises:
+        ShoalError: as `check_target`, or nothing can be written there.
+    """
+    check_target(target)
+    target = target.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ShoalError(f"{target}: cannot be written: {error.strerror}") from None
+    earlier = part.with_name(f"{part.name}-earlier")
     try:
         yield part
-        if target.exists():
-            shutil.rmtree(target)
         part.chmod(0o755)
+        if target.exists():
+            target.rename(earlier)
         part.rename(target)
+    except OSError as error:
+        raise ShoalError(f"{target}: cannot be written: {error.strerror}") from None
     finally:
+        if earlier.exists() and not target.exists():
+            earlier.rename(target)
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def write_bundle(
@@ -146,6 +188,7 @@ def _write_piece(folder: Path, piece: ExportedPiece) -> PieceEntry:
                 identical=row.identical_share,
                 same_argmax=row.same_argmax_share,
                 ties=row.ties,
+                accepted_by=row.accepted_by,
             )
             for row in piece.verification.agreements
         ),

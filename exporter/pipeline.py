@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.protocol.errors import DataError, PlanDoesNotFit, ShoalError
+from agent.protocol.errors import DataError, ShoalError, UnsupportedLayer, VerificationFailed
 from agent.protocol.fleet import Device, Fleet, Runtime, load_fleet
 from agent.protocol.manifest import Figure, Manifest
-from exporter.bundle import ExportedPiece, fresh_folder, write_bundle
+from exporter.bundle import ExportedPiece, check_target, fresh_folder, write_bundle
 from exporter.cost import Basis, Numbers, PieceCost, check_budgets, piece_cost, refuse
 from exporter.data import DataSet, load_data
 from exporter.graph import layer_graph
@@ -57,29 +60,44 @@ def export(
     method: str,
     options: Any,
     dtype: Literal["int8", "float32"] = "int8",
+    allow_drift: bool = False,
     progress: Progress,
 ) -> Manifest:
     """Make a bundle.
+
+    Args:
+        model_path: A trained .keras file.
+        data_source: As `load_data` takes it.
+        fleet_path: The fleet file.
+        out: The bundle's folder; an earlier bundle there is replaced once this one is complete.
+        method: A name of METHODS.
+        options: The method's own.
+        dtype: What the pieces calculate with.
+        progress: Told what is going on.
+        allow_drift: Accept a piece that a runtime computes further from the reference kernels than
+            allowed, if it is as near to the float model as they are (see `quantize.verify`).
 
     Raises:
         ShoalError: a mistake in the model, data or fleet file; a piece that does not fit, or that
             does not compute what it should. Nothing is written then.
     """
+    check_target(out)
     base, data, fleet = load(model_path, data_source, fleet_path)
+    fleet_text = Path(fleet_path).read_text(encoding="utf-8")
+    design = METHODS[method].design(base, data, fleet, options, progress)
+    refuse(check_budgets(_costs(design.pieces, Numbers(dtype)), fleet))
+    exported = quantize(design.pieces, data, fleet, dtype, progress, allow_drift=allow_drift)
+    progress("calibrate", 0, 1)
+    settled = METHODS[method].settle(design, data, fleet, options, runner(exported))
+    progress("calibrate", 1, 1)
+    exported += quantize(settled.pieces, data, fleet, dtype, progress, allow_drift=allow_drift)
+    refuse(check_budgets(_by_device(exported), fleet))
+    base_figures = measure_base(base, data, dtype)
     with fresh_folder(out) as folder:
-        design = METHODS[method].design(base, data, fleet, options, progress)
-        refuse(check_budgets(_costs(design.pieces, Numbers(dtype)), fleet))
-        exported = quantize(design.pieces, data, fleet, dtype, progress)
-        progress("calibrate", 0, 1)
-        settled = METHODS[method].settle(design, data, fleet, options, _runner(exported))
-        exported += quantize(settled.pieces, data, fleet, dtype, progress)
-        refuse(check_budgets(_by_device(exported), fleet))
-        base_figures = measure_base(base, data, dtype)
-        progress("write", 0, 1)
         return write_bundle(
             folder,
             fleet=fleet,
-            fleet_text=Path(fleet_path).read_text(encoding="utf-8"),
+            fleet_text=fleet_text,
             plan=settled.plan,
             frame=data.frame,
             pieces=exported,
@@ -129,9 +147,10 @@ def load(
             loaded.append(None)
     fleet, base = loaded
     shape = None if base is None else tuple(base.input_shape[1:])
-    image_shape = shape if shape and len(shape) == 3 else None
+    image_shape = shape if shape and len(shape) == 3 and None not in shape else None
     try:
         data = load_data(data_source, image_shape=image_shape)
+        _check_enough(data)
         if base is not None:
             data = _matched(base, data)
     except ShoalError as error:
@@ -142,31 +161,98 @@ def load(
     return base, data, fleet
 
 
+_HOW_TO_SAVE = "save the model with model.save('NAME.keras') from Keras 3"
+
+
 def load_model(path: Path) -> keras.Model:
     """Read a trained Keras model.
 
+    Nothing in the file is run: custom classes and functions are refused before Keras sees them.
+
     Raises:
         DataError: not there, not a Keras 3 model, or with several inputs or outputs.
+        UnsupportedLayer: lists every layer that needs Python code of its own, or that Keras has
+            and shoal does not know.
     """
+    refuse_custom_code(path)
     start_tensorflow()
     import keras
 
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file", "save the model with model.save('NAME.keras')")
     try:
-        model = keras.models.load_model(path, compile=False)
+        model = keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises what it likes on a file it cannot read
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{path}: not a Keras 3 model: {reason}", _HOW_TO_SAVE) from None
+    single = isinstance(model.input_shape, tuple) and isinstance(model.output_shape, tuple)
+    if not single or len(model.output_shape) != 2:
         raise DataError(
-            f"{path}: not a Keras 3 model: {str(error).splitlines()[0]}",
-            "save it with model.save('NAME.keras') from Keras 3",
-        ) from None
-    if len(model.inputs) != 1 or len(model.outputs) != 1 or len(model.output_shape) != 2:
-        raise DataError(
-            f"{path}: expected one input and one output (N, classes), found "
-            f"{len(model.inputs)} inputs and outputs {[tuple(o.shape) for o in model.outputs]}",
+            f"{path}: expected one input and one output (N, classes), found inputs of shape "
+            f"{model.input_shape} and outputs of shape {model.output_shape}",
             "cut the model at its scores first: keras.Model(model.input, model.get_layer(...))",
         )
+    try:
+        layer_graph(model)
+    except UnsupportedLayer as error:
+        lines = error.message.splitlines()
+        raise UnsupportedLayer("\n".join(f"{path}: {line}" for line in lines), error.hint) from None
     return model
+
+
+def refuse_custom_code(path: Path) -> None:
+    """Look for Python code in a .keras file without loading it.
+
+    Raises:
+        DataError: not there, or not a .keras file.
+        UnsupportedLayer: lists the layers that need classes or functions of their own.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            config = json.loads(archive.read("config.json"))["config"]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}", _HOW_TO_SAVE) from None
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError):
+        raise DataError(f"{path}: not a .keras file", _HOW_TO_SAVE) from None
+    found = sorted(set(_custom_code(config, "the model")))
+    if found:
+        raise UnsupportedLayer(
+            "\n".join(f"{path}: {line}" for line in found),
+            "build the model from Keras's own layers and activations",
+        )
+
+
+def _custom_code(config: Any, where: str) -> Iterator[str]:
+    if isinstance(config, Mapping):
+        inner = config.get("config")
+        if isinstance(inner, Mapping) and "name" in inner:
+            where = f"layer {inner['name']!r}"
+        if config.get("class_name") == "__lambda__":
+            yield f"{where} holds a Python lambda, which is never run"
+        elif config.get("registered_name") == "function":
+            yield f"{where} needs the function {inner!r}, which is not in the file"
+        elif config.get("registered_name"):
+            yield f"{where} needs the class {config['class_name']!r}, which is not in the file"
+    if isinstance(config, Mapping | list):
+        for value in config.values() if isinstance(config, Mapping) else config:
+            yield from _custom_code(value, where)
+
+
+def _check_enough(data: DataSet) -> None:
+    if len(_distinct(chain(data.held_out.frames, data.train.frames))) < MINIMUM_SAMPLES:
+        raise DataError(
+            f"every piece is verified with {MINIMUM_SAMPLES} different inputs: the data has fewer "
+            "besides its test part",
+            "give more data",
+        )
+
+
+def _distinct(samples: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """The first MINIMUM_SAMPLES that differ, fewer where there are no more."""
+    found: dict[bytes, NDArray[Any]] = {}
+    for sample in samples:
+        found.setdefault(sample.tobytes(), sample)
+        if len(found) == MINIMUM_SAMPLES:
+            break
+    return np.stack(list(found.values()))
 
 
 def _matched(base: keras.Model, data: DataSet) -> DataSet:
@@ -181,13 +267,21 @@ def _matched(base: keras.Model, data: DataSet) -> DataSet:
         )
     if problems:
         raise DataError("\n".join(problems), "give the data that the model was trained on")
-    if data.frame.dtype != "uint8":
-        return data
-    # Bytes may be meant as they are or as 0..1: the model itself tells which it was trained on.
+    candidates = [data]
+    if data.frame.dtype == "uint8":
+        # Meant as they are or as 0..1: the model itself tells which it was trained on.
+        candidates.append(data.preprocessed((1.0,), (0.0,)))
     sample = data.held_out.take(np.arange(min(len(data.held_out), 500)))
-    candidates = [data, data.preprocessed((1.0,), (0.0,))]
     scores = [_accuracy(base, x.inputs(sample.frames), sample.labels) for x in candidates]
-    return candidates[int(np.argmax(scores))]
+    best = int(np.argmax(scores))
+    if scores[best] <= 1 / len(data.classes):
+        raise DataError(
+            f"the model is right about {scores[best] * 100:.1f} % of the data that it was not "
+            f"trained on: no better than guessing one of {len(data.classes)} classes",
+            "check the order of the classes and how the model's training scaled its inputs; an "
+            ".npz of float32 is taken as it is",
+        )
+    return candidates[best]
 
 
 def _accuracy(model: keras.Model, inputs: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
@@ -216,36 +310,79 @@ def quantize(
     fleet: Fleet,
     dtype: Literal["int8", "float32"],
     progress: Progress,
+    *,
+    allow_drift: bool = False,
 ) -> list[ExportedPiece]:
     """Convert, measure and verify pieces, each on the runtime that its device uses.
 
     Raises:
-        VerificationFailed, UnsupportedLayer: lists what is wrong with every piece.
+        ShoalError: lists what is wrong with every piece.
     """
     exported, findings, hints = [], [], []
     for done, piece in enumerate(pieces):
-        progress(f"quantize {piece.name}", done, len(pieces))
+        progress("quantize", done, len(pieces))
         device = fleet.device(piece.device)
         try:
-            exported.append(_quantize_one(piece, device, dtype))
-        except PlanDoesNotFit:
-            raise
+            samples = verification_samples(piece, data)
+            exported.append(_quantize_one(piece, samples, device, dtype, allow_drift))
         except ShoalError as error:
-            findings.append(f"{device.id}: {piece.name}: {error.message}")
+            lines = error.message.splitlines()
+            findings += [f"{device.id}: {piece.name}: {line}" for line in lines]
             hints.append(error.hint or "")
+            excusable = device.runtime is not Runtime.TFLITE_MICRO and not allow_drift
+            if isinstance(error, VerificationFailed) and excusable:
+                hints.append(_DRIFT_HINT)
+    if pieces:
+        progress("quantize", len(pieces), len(pieces))
     if findings:
         raise ShoalError("\n".join(findings), "; ".join(dict.fromkeys(filter(None, hints))))
     return exported
 
 
+_DRIFT_HINT = (
+    "--allow-drift accepts a piece that differs by rounding, if it is as near to the float model "
+    "as the reference kernels are"
+)
+
+
+def verification_samples(piece: TrainedPiece, data: DataSet) -> NDArray[np.float32]:
+    """MINIMUM_SAMPLES different inputs of a piece, (N, ...) float32.
+
+    Its calibration inputs come first. A piece that takes frames is then given more held-out and
+    training frames; another piece mixtures of two of its calibration inputs each, seeded.
+
+    Raises:
+        DataError: its calibration inputs are all the same.
+    """
+    known = piece.calibration
+    if piece.model.input_shape[1:] == data.frame.shape:
+        more = chain(data.held_out.frames, data.train.frames)
+        return _distinct(chain(known, map(data.inputs, more)))
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, len(known), (2, 20 * MINIMUM_SAMPLES))
+    share = rng.random((len(first), *[1] * (known.ndim - 1)), np.float32)
+    samples = _distinct(chain(known, share * known[first] + (1 - share) * known[second]))
+    if len(samples) < MINIMUM_SAMPLES:
+        raise DataError("its calibration inputs are all the same", "give more data")
+    return samples
+
+
 def _quantize_one(
-    piece: TrainedPiece, device: Device, dtype: Literal["int8", "float32"]
+    piece: TrainedPiece,
+    samples: NDArray[np.float32],
+    device: Device,
+    dtype: Literal["int8", "float32"],
+    allow_drift: bool,
 ) -> ExportedPiece:
     metadata = {"piece": piece.name, "device": device.id}
     tflite = convert(piece.model, piece.calibration, dtype=dtype, metadata=metadata)
-    repeats = -(-MINIMUM_SAMPLES // len(piece.calibration))
-    samples = np.concatenate([piece.calibration] * repeats)[:MINIMUM_SAMPLES]
-    verification = verify(tflite, samples, runtimes=(VERIFIED_RUNTIMES[device.runtime],))
+    expected = None
+    if allow_drift:
+        outputs = piece.model.predict(samples, batch_size=256, verbose=0)
+        expected = {tensors(tflite).outputs[0].name: outputs}
+    verification = verify(
+        tflite, samples, runtimes=(VERIFIED_RUNTIMES[device.runtime],), expected=expected
+    )
     cost = piece_cost(layer_graph(piece.model), Numbers(dtype), name=piece.name)
     arena = None
     if device.runtime is Runtime.TFLITE_MICRO:
@@ -264,7 +401,7 @@ def _quantize_one(
     )
 
 
-def _runner(pieces: Sequence[ExportedPiece]) -> RunPiece:
+def runner(pieces: Sequence[ExportedPiece]) -> RunPiece:
     by_name = {piece.name: piece for piece in pieces}
 
     def run(name: str, inputs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -79,6 +79,9 @@ class RuntimeCheck(Contract):
 
     Attributes:
         ties: Samples whose two best outputs lie so close that either may win.
+        accepted_by: `reference`, or `float-model` where rounding added up beyond the bound and the
+            user accepted it (`--allow-drift`): the runtime is then as near to the float model as
+            the reference kernels are.
     """
 
     runtime: str
@@ -87,6 +90,7 @@ class RuntimeCheck(Contract):
     identical: Annotated[float, Field(ge=0, le=1)]
     same_argmax: Annotated[float, Field(ge=0, le=1)]
     ties: Count
+    accepted_by: Literal["reference", "float-model"] = "reference"
 
 
 class Estimate(Contract):
