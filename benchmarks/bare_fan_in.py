@@ -70,9 +70,7 @@ def collect(port: int, responders: int, decision_bytes: int) -> mqtt.Client:
             counts[request] = count
             return
         del counts[request]
-        me.publish(
-            DECISION, json.dumps({"request": request.hex(), "text": filler}), DECISION_QOS
-        )
+        me.publish(DECISION, json.dumps({"request": request.hex(), "text": filler}), DECISION_QOS)
 
     me = client(port, "bare-collector", f"{ROOT}/res/+", on_answer)
     return me

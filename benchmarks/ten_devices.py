@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.protocol.errors import ShoalError
+from agent.protocol.manifest import read_manifest
 from benchmarks.record import ROOT
 from exporter.data import load_data
 
@@ -29,7 +31,7 @@ def device_ids() -> list[str]:
 def ten_device_bundle() -> Path:
     """The bundle's folder; the first call takes about a minute."""
     bundle = HOME / "bundle"
-    if not (bundle / "manifest.json").is_file():
+    if not _usable(bundle):
         shutil.rmtree(HOME, ignore_errors=True)
         HOME.mkdir(parents=True)
         (HOME / "fleet.yaml").write_text(_fleet_text())
@@ -43,6 +45,14 @@ def ten_device_bundle() -> Path:
         ):  # fmt: skip
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return bundle
+
+
+def _usable(bundle: Path) -> bool:
+    try:
+        read_manifest(bundle)
+    except ShoalError:
+        return False  # not there, or of another version of the manifest
+    return True
 
 
 def frames() -> NDArray[np.uint8]:
