@@ -6,6 +6,7 @@ them over, the alarm thread sleeps until the next deadline. Nothing polls.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
@@ -246,7 +247,8 @@ class RunningDevice:
             link.subscribe(topics.device(device, "status"), self._on_status, qos=1)
         for device, kinds in sorted(engine.heard.items()):
             for kind in sorted(kinds):
-                link.subscribe(topics.device(device, LEAVES[kind]), self._on_part)
+                on_part = functools.partial(self._on_part, device, kind)
+                link.subscribe(topics.device(device, LEAVES[kind]), on_part)
         if engine.escalations:
             link.subscribe(topics.escalation, self._on_escalation)
         link.subscribe(topics.request, self._on_request)
@@ -265,12 +267,9 @@ class RunningDevice:
                     self._changed.notify()
         self._perform(effects)
 
-    def _on_part(self, topic: str, payload: bytes) -> None:
+    def _on_part(self, device: str, kind: MessageKind, topic: str, payload: bytes) -> None:
         part = self._decoded(payload)
-        device = self._topics.sender(topic)
-        if device is None or not isinstance(part, Answer | TensorPart):
-            return self._reject(part)
-        if LEAVES[part.kind] != topic.rpartition("/")[2]:
+        if not isinstance(part, (Answer, TensorPart)) or part.kind != kind:
             return self._reject(part)
         with self._changed:
             effects = self._engine.part(device, part, len(payload))

@@ -219,10 +219,10 @@ def decode(payload: bytes) -> Message:
         )
     if CRC.unpack_from(payload, len(content))[0] != zlib.crc32(content):
         raise WireError("checksum does not match: truncated or altered")
-    version, kind, strategy, node, plan, boot, request = HEADER.unpack_from(content)
+    _, kind, strategy, node, plan, boot, request = HEADER.unpack_from(content)
     header = Header(plan, request, boot, strategy, None if node == NO_NODE else node)
     body = content[HEADER.size :]
-    if HEADER.pack(version, kind, strategy, node, plan, boot, request) != content[: HEADER.size]:
+    if payload[3] or payload[6] or payload[7]:
         raise WireError("padding in the header is not zero")
     if kind == MessageKind.REQUEST:
         return _decode_request(header, body)
@@ -290,7 +290,8 @@ def _encode_tensor(values: NDArray[np.generic]) -> bytes:
 
 def _decode_tensor(data: memoryview) -> NDArray[np.generic]:
     wire, rank = _unpack(TENSOR_HEAD, data)
-    if wire not in list(WireType):
+    dtype = _NUMPY.get(wire)  # type: ignore[call-overload]
+    if dtype is None:
         raise WireError(f"unknown tensor type {wire}")
     sizes_end = TENSOR_HEAD.size + 2 * rank
     if not 1 <= rank <= 8 or len(data) < sizes_end:
@@ -299,7 +300,6 @@ def _decode_tensor(data: memoryview) -> NDArray[np.generic]:
     count = 1
     for size in shape:
         count *= size
-    dtype = _NUMPY[WireType(wire)]
     expected = -(-count // 8) if wire == WireType.BITS else count * dtype.itemsize
     raw = data[sizes_end:]
     if len(raw) != expected or count == 0 or count * dtype.itemsize > MAX_TENSOR_BYTES:
