@@ -378,7 +378,7 @@ def _quantize_one(
     tflite = convert(piece.model, piece.calibration, dtype=dtype, metadata=metadata)
     expected = None
     if allow_drift:
-        outputs = piece.model.predict(samples, batch_size=256, verbose=0)
+        outputs = piece.model(samples, training=False).numpy()
         expected = {tensors(tflite).outputs[0].name: outputs}
     verification = verify(
         tflite, samples, runtimes=(VERIFIED_RUNTIMES[device.runtime],), expected=expected

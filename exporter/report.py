@@ -7,7 +7,8 @@ one self-contained page with inline SVG.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,48 @@ from agent.protocol.errors import BundleMismatch, ShoalError
 from agent.protocol.fleet import Device, Fleet, load_fleet
 from agent.protocol.manifest import Figure, Manifest, PieceEntry, check_files, read_manifest
 from agent.protocol.units import format_bytes
+from exporter.cost.piece import INTERPRETER_CODE_BYTES, STACK_BYTES
 
 REPORT_DATA = "report.json"
 REPORT_PAGE = "report.html"
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2733; --quiet: #66788a; --line: #d7dee6;
-  --own: #1f7a8c; --foreign: #d9822b; --over: #c0392b; --paper: #fff; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e9ee; --quiet: #93a4b5;
-  --line: #33414f; --own: #4fb3c6; --foreign: #e8a25c; --over: #e57368; --paper: #14191f; } }
+:root { color-scheme: light dark; --ink: #1c2733; --quiet: #5b6c7d; --line: #d7dee6;
+  --own: #1f7a8c; --own-pale: #9fc6ce; --foreign: #d9822b; --over: #c0392b; --paper: #fff;
+  --card: #f4f6f8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e9ee; --quiet: #9aabbc;
+  --line: #33414f; --own: #4fb3c6; --own-pale: #2b5f6a; --foreign: #e8a25c; --over: #e57368;
+  --paper: #14191f; --card: #1c232b; } }
+* { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-small, .quiet { color: var(--quiet); }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; } figcaption { font-size: .85rem; color: var(--quiet); }
+  max-width: 68rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; }
+h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0 .8rem; max-width: 46rem; }
+small, .quiet, figcaption { color: var(--quiet); }
+.key { display: grid; grid-template-columns: repeat(auto-fill, minmax(11.5rem, 1fr));
+  gap: .8rem; margin: 1.4rem 0; }
+.key div { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
+.key b { display: block; font-size: 1.5rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.key span, .key small { display: block; line-height: 1.35; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; min-width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .35rem 1.4rem .35rem 0;
+  border-bottom: 1px solid var(--line); overflow-wrap: normal; }
+th { font-weight: 600; font-size: .85rem; color: var(--quiet); vertical-align: bottom; }
+th:last-child, td:last-child { padding-right: 0; }
+td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.budget { display: flex; align-items: center; gap: .5rem; white-space: nowrap; }
+.budget small:first-child { width: 3.6em; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.6rem; }
+.plots svg { display: block; width: 100%; height: auto; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; align-items: center; }
+.legend svg { margin-right: .4rem; }
+figure { margin: 0; } figcaption { font-size: .85rem; } figcaption b { color: var(--ink); }
 text { fill: var(--quiet); font-size: 10px; }
 """
+_COLOURS = ("var(--own)", "var(--foreign)")
+_NUMBER = re.compile(r"[\d,]+(\.\d+)?( ?(%|steps|[kM]?B))|[\d,]+\.\d+")
 
 
 def write_report(folder: Path, manifest: Manifest, fleet: Fleet, report: Mapping[str, Any]) -> Path:
@@ -44,30 +67,50 @@ def write_report(folder: Path, manifest: Manifest, fleet: Fleet, report: Mapping
     `report` is `{"sections": [...]}`; a section has a title, a text, and either a table (`head`,
     `rows`) or histograms (each `name`, `threshold`, `series` of counts over [0, 1]).
     """
-    devices = "".join(_device_row(device, manifest) for device in fleet.devices)
+    shares = {k: v for k, v in sorted(manifest.figures.items()) if v.unit == "share"}
+    sizes = {k: v for k, v in sorted(manifest.figures.items()) if v.unit != "share"}
     body = [
-        f"<h1>{escape(manifest.plan.method)} plan {manifest.plan_id} for fleet "
-        f"{escape(fleet.fleet)}</h1>",
-        "<h2>Figures</h2>",
+        f"<h1>Fleet {escape(fleet.fleet)}</h1>",
+        f'<p class="quiet">{escape(manifest.plan.method)} plan {manifest.plan_id}, '
+        f"{len(manifest.plan.classes)} classes on {len(fleet.devices)} devices, written by shoal "
+        f"{escape(manifest.shoal)}</p>",
+        f'<div class="key">{"".join(_card(*item) for item in shares.items())}</div>',
         _table(
-            ("figure", "value", "unit", "origin", "note"),
-            [_figure_row(name, figure) for name, figure in sorted(manifest.figures.items())],
+            ("figure", "value", "origin", "note"),
+            [
+                (_words(name), f"{x.value:,.6g} {x.unit}", x.origin, x.note)
+                for name, x in sizes.items()
+            ],
         ),
         "<h2>Devices and budgets</h2>",
-        "<table><tr><th>device</th><th>piece</th><th>classes</th><th class=n>parameters</th>"
-        f"<th class=n>file</th><th>budget</th></tr>{devices}</table>",
-        "<p class=quiet>Bars: file (microcontrollers) or weights and live tensors (Linux) against "
-        "the device's flash or memory. Code size is part of the check, not of the bar.</p>",
+        _device_table(fleet, manifest),
+        '<p class="quiet">Flash holds the model file and code (pale, estimated at '
+        f"{format_bytes(INTERPRETER_CODE_BYTES)}), RAM the measured arena and a stack of "
+        f"{format_bytes(STACK_BYTES)}; memory of Linux devices holds weights and live tensors, "
+        "both estimated.</p>",
         *(_section(section) for section in report.get("sections", ())),
-        "<h2>Verification against LiteRT's reference kernels</h2>",
+        "<h2>Verification</h2>",
+        "<p>Each piece on its device's runtime against LiteRT's reference kernels, in steps of "
+        "its output.</p>",
         _table(
-            ("piece", "runtime", "samples", "largest difference", "identical", "same answer"),
+            (
+                "piece",
+                "runtime",
+                "inputs",
+                "largest difference",
+                "identical",
+                "same answer",
+                "accepted by",
+            ),
             [row for entry in manifest.pieces for row in _check_rows(entry)],
         ),
     ]
     page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Shoal: {escape(fleet.fleet)}"
-        f"</title><meta name=viewport content='width=device-width'><style>{_STYLE}</style>"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\"/>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        f"<title>Shoal: fleet {escape(fleet.fleet)}</title><style>{_STYLE}</style></head>\n"
         f"<body>{''.join(body)}</body></html>\n"
     )
     target = folder / REPORT_PAGE
@@ -95,11 +138,24 @@ def rewrite_report(bundle: Path) -> Path:
         raise ShoalError(f"{path}: not a report's data: {error}", "export it anew") from None
 
 
-def _figure_row(name: str, figure: Figure) -> tuple[str, ...]:
-    share = figure.unit == "share"
-    value = f"{figure.value * 100:.2f} %" if share else f"{figure.value:,.6g}"
-    unit = "" if share else figure.unit
-    return (name.replace("_", " "), value, unit, figure.origin, figure.note)
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _card(name: str, figure: Figure) -> str:
+    return (
+        f"<div><span>{escape(_words(name))}</span><b>{figure.value * 100:.2f} %</b>"
+        f"<small>{figure.origin}; {escape(figure.note)}</small></div>"
+    )
+
+
+def _device_table(fleet: Fleet, manifest: Manifest) -> str:
+    rows = "".join(_device_row(device, manifest) for device in fleet.devices)
+    return (
+        '<div class="wide"><table><tr><th>device</th><th>piece</th><th>classes</th>'
+        '<th class="n">parameters</th><th class="n">file</th><th>of its budgets</th></tr>'
+        f"{rows}</table></div>"
+    )
 
 
 def _device_row(device: Device, manifest: Manifest) -> str:
@@ -107,34 +163,45 @@ def _device_row(device: Device, manifest: Manifest) -> str:
     for piece in manifest.pieces_of(device.id):
         entry = manifest.entry(piece.name)
         labels = [manifest.plan.classes[c] for c in piece.answer.classes] if piece.answer else []
-        used, budget = _budget(device, entry)
         cells.append(
             f"<td>{escape(piece.name)}</td><td>{escape(', '.join(labels)) or '-'}</td>"
-            f"<td class=n>{entry.estimated.parameters:,}</td>"
-            f"<td class=n>{format_bytes(entry.model.size_bytes)}</td>"
-            f"<td>{_bar(used, budget)}</td>"
+            f'<td class="n">{entry.estimated.parameters:,}</td>'
+            f'<td class="n">{format_bytes(entry.model.size_bytes)}</td>'
+            f"<td>{_budgets(device, entry)}</td>"
         )
-    name = f"<td>{escape(device.id)} <small>{device.kind.value}</small></td>"
-    return "".join(
-        f"<tr>{name}{cell}</tr>" for cell in cells or ["<td>fuses</td>" + "<td></td>" * 4]
+    name = f"<td>{escape(device.id)}<br/><small>{device.kind.value}</small></td>"
+    idle = "<td>none, it fuses</td>" + "<td></td>" * 4
+    return "".join(f"<tr>{name}{cell}</tr>" for cell in cells or [idle])
+
+
+def _budgets(device: Device, entry: PieceEntry) -> str:
+    """A bar for each budget of a device, with what this piece takes of it."""
+    if device.flash_bytes is None:
+        live = entry.estimated.weight_bytes + entry.estimated.peak_activation_bytes
+        return _bar("memory", live, 0, device.memory_bytes)
+    tensors = entry.estimated.peak_activation_bytes
+    arena = tensors if entry.arena_bytes is None else entry.arena_bytes
+    size = entry.model.size_bytes
+    return _bar("flash", size, INTERPRETER_CODE_BYTES, device.flash_bytes) + _bar(
+        "RAM", arena, STACK_BYTES, device.memory_bytes
     )
 
 
-def _budget(device: Device, entry: PieceEntry) -> tuple[int, int]:
-    if device.flash_bytes is not None:
-        return entry.model.size_bytes, device.flash_bytes
-    live = entry.estimated.weight_bytes + entry.estimated.peak_activation_bytes
-    return live, device.memory_bytes
-
-
-def _bar(used: int, budget: int) -> str:
-    share = used / budget
-    width = min(share, 1.0) * 120
+def _bar(what: str, own: int, shared: int, budget: int) -> str:
+    """What is used of a budget: `shared`, which every piece needs, stands first and pale."""
+    share = (own + shared) / budget
+    pale = min(shared / budget, 1.0) * 120
+    width = min(share, 1.0) * 120 - pale
     colour = "var(--over)" if share > 1 else "var(--own)"
+    percent = f"{share * 100:.0f} %" if share >= 0.1 else f"{share * 100:.1f} %"
+    if share < 0.001:
+        percent = "below 0.1 %"
     return (
-        f"<svg width=120 height=10><rect width=120 height=10 fill='var(--line)'/>"
-        f"<rect width={width:.1f} height=10 fill='{colour}'/></svg> "
-        f"<small>{share * 100:.2g} % of {format_bytes(budget)}</small>"
+        f'<div class="budget"><small>{what}</small><svg width="120" height="8" role="img" '
+        f'aria-label="{percent}"><rect width="120" height="8" fill="var(--line)"/>'
+        f'<rect width="{pale:.1f}" height="8" fill="var(--own-pale)"/>'
+        f'<rect x="{pale:.1f}" width="{width:.1f}" height="8" fill="{colour}"/></svg>'
+        f"<small>{percent} of {format_bytes(budget)}</small></div>"
     )
 
 
@@ -147,6 +214,7 @@ def _check_rows(entry: PieceEntry) -> list[tuple[str, ...]]:
             f"{check.max_difference_lsb:g} steps",
             f"{check.identical * 100:.1f} %",
             f"{check.same_argmax * 100:.1f} % ({check.ties} ties)",
+            "reference kernels" if check.accepted_by == "reference" else "float model (drift)",
         )
         for check in entry.verification
     ]
@@ -156,40 +224,69 @@ def _section(section: Mapping[str, Any]) -> str:
     parts = [f"<h2>{escape(section['title'])}</h2>", f"<p>{escape(section.get('text', ''))}</p>"]
     if "rows" in section:
         parts.append(_table(section["head"], section["rows"]))
-    if "histograms" in section:
-        plots = "".join(_histogram(plot) for plot in section["histograms"])
-        parts.append(f"<div class=plots>{plots}</div>")
+    if section.get("histograms"):
+        plots = section["histograms"]
+        parts.append(_legend([str(series["label"]) for series in plots[0]["series"]]))
+        parts.append(f'<div class="plots">{"".join(map(_histogram, plots))}</div>')
     return "".join(parts)
 
 
-def _table(head: Iterable[str], rows: Iterable[Sequence[object]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
-    return f"<table><tr>{top}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table; columns of numbers with units are set to the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    numeric = [
+        bool(texts) and all(_NUMBER.match(row[i]) for row in texts) for i in range(len(head))
+    ]
+    kinds = [' class="n"' if number else "" for number in numeric]
+    top = "".join(f"<th{k}>{escape(x)}</th>" for k, x in zip(kinds, head, strict=True))
+    lines = [
+        "".join(f"<td{k}>{escape(x)}</td>" for k, x in zip(kinds, row, strict=True))
+        for row in texts
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def _legend(labels: Sequence[str]) -> str:
+    swatches = [
+        f'<span><svg width="10" height="10"><rect width="10" height="10" fill="{colour}"/></svg>'
+        f"{escape(label)}</span>"
+        for label, colour in zip(labels, _COLOURS, strict=False)
+    ]
+    threshold = (
+        '<span><svg width="10" height="10"><line x1="5" x2="5" y1="0" y2="10" '
+        'stroke="var(--over)" stroke-width="2" stroke-dasharray="3 2"/></svg>threshold</span>'
+    )
+    note = "<small>heights are square roots of shares</small>"
+    return f'<p class="legend">{"".join(swatches)}{threshold}{note}</p>'
 
 
 def _histogram(plot: Mapping[str, Any]) -> str:
-    """Counts over [0, 1] of a few series side by side, as shares, with a threshold line."""
-    width, height, base = 240, 110, 92
+    """Counts over [0, 1] of one or two series side by side, as shares, with a threshold line."""
+    width, base, edge = 240, 96, 6
     bars = []
-    for order, series in enumerate(plot["series"]):
+    for order, (series, colour) in enumerate(zip(plot["series"], _COLOURS, strict=False)):
         counts = series["counts"]
         total, step = max(sum(counts), 1), width / len(counts)
-        slim = step / len(plot["series"])
-        colour = ("var(--own)", "var(--foreign)")[order % 2]
+        slim = step * 0.9 / len(plot["series"])
         for i, count in enumerate(counts):
-            tall = (count / total) ** 0.5 * (base - 6)
-            bars.append(
-                f"<rect x={i * step + order * slim:.1f} y={base - tall:.1f} width={slim:.1f} "
-                f"height={tall:.1f} fill='{colour}'/>"
-            )
-    x = plot["threshold"] * width
-    legend = ", ".join(str(series["label"]) for series in plot["series"])
+            tall = (count / total) ** 0.5 * (base - 8)
+            if count:
+                bars.append(
+                    f'<rect x="{edge + i * step + order * slim:.1f}" y="{base - tall:.1f}" '
+                    f'width="{slim:.1f}" height="{tall:.1f}" fill="{colour}"/>'
+                )
+    x = edge + plot["threshold"] * width
+    marks = "".join(
+        f'<text x="{edge + at * width}" y="{base + 13}" text-anchor="middle">{at:g}</text>'
+        for at in (0, 0.5, 1)
+    )
+    name = escape(plot["name"])
     return (
-        f"<figure><svg width={width} height={height} role=img>{''.join(bars)}"
-        f"<line x1=0 x2={width} y1={base} y2={base} stroke='var(--line)'/>"
-        f"<line x1={x:.1f} x2={x:.1f} y1=0 y2={base} stroke='var(--over)' stroke-dasharray=3 />"
-        f"<text x=0 y={height - 4}>0</text><text x={width - 8} y={height - 4}>1</text></svg>"
-        f"<figcaption>{escape(plot['name'])}: {escape(legend)}; threshold "
-        f"{plot['threshold']:.2f}; heights are square roots of shares</figcaption></figure>"
+        f'<figure><svg viewBox="0 0 {width + 2 * edge} {base + 16}" role="img" '
+        f'aria-label="Histogram of {name}">{"".join(bars)}'
+        f'<line x1="{edge}" x2="{edge + width}" y1="{base}" y2="{base}" stroke="var(--quiet)"/>'
+        f'<line class="threshold" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{base}" '
+        f'stroke="var(--over)" stroke-width="1.5" stroke-dasharray="4 3"/>{marks}</svg>'
+        f"<figcaption><b>{name}</b><br/>threshold {plot['threshold']:.2f}</figcaption></figure>"
     )
