@@ -18,7 +18,12 @@ from agent.protocol.errors import DataError, PlanDoesNotFit
 from agent.protocol.scores import answer, outcome_probabilities
 from exporter.channels import kept_graph, kept_parameters
 from exporter.cost import Numbers, piece_cost
-from exporter.methods.snn.influence import InfluenceModel, log_outcomes, membership
+from exporter.methods.snn.influence import (
+    InfluenceModel,
+    log_outcomes,
+    mean_divergence,
+    membership,
+)
 from exporter.methods.snn.masked import MaskedModel
 from exporter.methods.snn.profile import BaseProfile, make_profile
 from exporter.methods.snn.prune import (
@@ -211,7 +216,7 @@ def test_influence_predicts_what_removing_a_unit_does(profile):
     rng = np.random.default_rng(0)
 
     found = InfluenceModel(masked, profile.start)(
-        profile.features, stays, profile.logits, weights, members, 1.0, rng
+        profile.features, stays, profile.logits, weights, members, (1.0,), rng
     )
 
     p = np.exp(log_outcomes(profile.logits, members).numpy())
@@ -245,6 +250,24 @@ def test_influence_beats_energy_at_the_same_size(profile):
 
     assert influence.parameters <= energy.parameters
     assert influence.accuracy > energy.accuracy + 0.01
+
+
+def test_refining_lowers_the_damage_at_the_same_size(profile):
+    classes, target = (2, 3, 5), 0.3
+    members = membership(10, classes, tuple(c for c in range(10) if c not in classes))
+    weights = np.full(len(profile.labels), 1 / len(profile.labels))
+
+    damages = []
+    for refinements in (0, 3):
+        options = PruneOptions(target_ratio=target, refinements=refinements)
+        pruned = prune(profile, classes, options=options)
+        assert pruned.ratio <= target
+        logits = pruned_logits(profile, pruned, profile.features)
+        damages.append(
+            mean_divergence(profile.logits, logits, members, weights, options.temperatures)
+        )
+
+    assert damages[1] < 0.97 * damages[0]
 
 
 def test_target_ratio_is_met_and_counted_exactly(base, profile):

@@ -1,9 +1,10 @@
 """What the removal of each unit would do to a small network's outcomes, predicted from gradients.
 
 With masks m (1 = unit read) the damage is D(m) = mean_i w_i KL(p_i || q_i(m)), p the base's outcome
-distribution (own classes, and the rest as one) and q the masked network's, logits divided by a
-temperature in both. Below 1 it protects who wins rather than by how much: what decisions need.
-Around the current masks, removing units R changes the damage by about
+distribution (own classes, and the rest as one) and q the masked network's, averaged over several
+temperatures that divide the logits of both: at 1 it protects degrees of belief, which fusion
+compares between networks, below 1 who wins rather than by how much. Around the current masks,
+removing units R changes the damage by about
 
     - sum_{n in R} dD/dm_n + 1/2 sum_{n, k in R} G_nk,    G = mean_i w_i J_i^T diag(q_i) J_i
 
@@ -71,15 +72,34 @@ def log_outcomes(logits: tf.Tensor, members: tf.Tensor) -> tf.Tensor:
     """Log probabilities of the outcomes; `scores.outcome_probabilities`, differentiable.
 
     Args:
-        logits: (N, C) float32.
+        logits: (..., C) float32.
         members: (K, C) float32 of `membership`.
 
     Returns:
-        (N, K) float32.
+        (..., K) float32.
     """
     import tensorflow as tf
 
-    return tf.nn.log_softmax(tf.reduce_logsumexp(logits[:, None, :] + members, axis=2))
+    return tf.nn.log_softmax(tf.reduce_logsumexp(logits[..., None, :] + members, axis=-1))
+
+
+def _tempered(logits: Any, temperatures: Any) -> Any:
+    """Logits (N, C) divided by each temperature: (N, temperatures, C)."""
+    return logits[:, None, :] / temperatures[:, None]
+
+
+def mean_divergence(
+    base: Floats,
+    logits: Floats,
+    members: Floats,
+    weights: Doubles,
+    temperatures: Sequence[float],
+) -> float:
+    """The damage D of logits (N, C) against the base's (N, C), nats; see the module."""
+    divisors = np.asarray(temperatures, np.float32)
+    target = log_outcomes(_tempered(base, divisors), members).numpy()
+    log_q = log_outcomes(_tempered(logits, divisors), members).numpy()
+    return float(weights @ (np.exp(target) * (target - log_q)).sum(axis=2).mean(axis=1))
 
 
 class InfluenceModel:
@@ -97,11 +117,11 @@ class InfluenceModel:
         signature = [
             tf.TensorSpec((None, *masked.shape_at(start)), tf.float32),
             tf.TensorSpec((1, masked.channels.total), tf.float32),
-            tf.TensorSpec((None, None), tf.float32),
-            tf.TensorSpec((None, None), tf.float32),
+            tf.TensorSpec((None, None, None), tf.float32),
+            tf.TensorSpec((None, None, None), tf.float32),
             tf.TensorSpec((None,), tf.float32),
             tf.TensorSpec((None, None), tf.float32),
-            tf.TensorSpec((), tf.float32),
+            tf.TensorSpec((None,), tf.float32),
         ]
 
         def step(
@@ -111,14 +131,14 @@ class InfluenceModel:
             signs: tf.Tensor,
             weights: tf.Tensor,
             members: tf.Tensor,
-            temperature: tf.Tensor,
+            temperatures: tf.Tensor,
         ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             mask = tf.tile(stays, [tf.shape(x)[0], 1])
             with tf.GradientTape(persistent=True) as tape:
                 tape.watch(mask)
                 logits = masked.output_of(masked.run(x, mask, start))
-                log_q = log_outcomes(logits / temperature, members)
-                divergence = tf.reduce_sum(tf.exp(target) * (target - log_q), 1)
+                log_q = log_outcomes(_tempered(logits, temperatures), members)
+                divergence = tf.reduce_sum(tf.exp(target) * (target - log_q), (1, 2))
                 damage = tf.reduce_sum(weights * divergence)
                 root = tf.stop_gradient(tf.exp(log_q / 2))
                 projected = tf.reduce_sum(signs * root * log_q)
@@ -137,7 +157,7 @@ class InfluenceModel:
         logits: Floats,
         weights: Doubles,
         members: Floats,
-        temperature: float,
+        temperatures: Sequence[float],
         rng: np.random.Generator,
         *,
         batch: int = BATCH,
@@ -150,11 +170,13 @@ class InfluenceModel:
             logits: (N, C) float32 of the unpruned base.
             weights: (N,) of the inputs, sum 1.
             members: (K, C) float32 of `membership`.
-            temperature: Divides all logits.
+            temperatures: Each divides all logits; the damage is the mean over them.
             rng: Draws the signs.
             batch: Inputs at a time.
         """
-        target = log_outcomes(logits / np.float32(temperature), members).numpy()
+        divisors = np.asarray(temperatures, np.float32)
+        target = log_outcomes(_tempered(logits, divisors), members).numpy()
+        weights = weights / len(divisors)
         units = self._masked.channels.total
         damage, slope, curvature = 0.0, np.zeros(units), np.zeros((units, units))
         for i in range(0, len(features), batch):
@@ -167,7 +189,7 @@ class InfluenceModel:
                 signs,
                 weights[part].astype(np.float32),
                 members,
-                np.float32(temperature),
+                divisors,
             )
             damage += float(d)
             slope += s.numpy()

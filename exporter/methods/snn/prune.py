@@ -39,7 +39,7 @@ from agent.protocol.plan import AnswerRule
 from ...channels import Keep, KeptCost, kept_graph, kept_parameters
 from ...cost import Numbers, piece_cost
 from ...surgery import remove_channels, without_softmax
-from .influence import membership
+from .influence import Influence, mean_divergence, membership
 from .masked import Floats
 from .profile import BaseProfile
 
@@ -82,8 +82,9 @@ class PruneOptions:
         target_bytes: Bytes of the int8 weights to keep at most: a device's budget.
         max_drop: Most that the outcome accuracy may lose, in points (1.0 = one input in 100).
         step: Share of the parameters that go between two estimates.
-        temperature: Of the outcomes that `influence` protects; below 1 decisions count for more
-            than degrees of belief.
+        temperatures: Of the outcomes that `influence` protects: 1 = degrees of belief, which fusion
+            compares, below 1 = decisions.
+        refinements: How often, at the target, units are taken back and others go in their place.
         own_weight: Weight of the own classes' inputs in damage and outcome accuracy; None = each
             input counts the same.
         seed: Of the estimates' random signs.
@@ -101,7 +102,8 @@ class PruneOptions:
     target_bytes: int | None = None
     max_drop: float | None = None
     step: float = 0.08
-    temperature: float = 0.5
+    temperatures: tuple[float, ...] = (1.0, 0.5)
+    refinements: int = 2
     own_weight: float | None = None
     seed: int = 0
     threshold_start: float = 0.5
@@ -120,8 +122,10 @@ class PruneOptions:
             problems.append(f"max_drop must not be negative, is {self.max_drop}")
         if not 0 < self.step < 1:
             problems.append(f"step must be in (0, 1), is {self.step}")
-        if not self.temperature > 0:
-            problems.append(f"temperature must be positive, is {self.temperature}")
+        if not self.temperatures or not all(t > 0 for t in self.temperatures):
+            problems.append(f"temperatures must be positive, are {self.temperatures}")
+        if self.refinements < 0:
+            problems.append(f"refinements must not be negative, is {self.refinements}")
         if self.own_weight is not None and not 0 < self.own_weight < 1:
             problems.append(f"own_weight must be in (0, 1), is {self.own_weight}")
         if not 0 < self.threshold_step <= self.threshold_start <= 1:
@@ -474,7 +478,47 @@ class _Search:
                 break
             stays = shrunk
             history.append(point)
+        if options.criterion is Criterion.INFLUENCE and self._excess(stays) <= 1:
+            stays = self._refine(stays)
         return self._keep(stays), history[:-1] if len(history) > 1 else []
+
+    def _refine(self, stays: Bools) -> Bools:
+        """Take units back and remove others to the same size, as long as that lowers the damage."""
+        options = self.options
+        least = self._measured_damage(stays)
+        for _ in range(options.refinements):
+            other = self._regrow(stays, options.step)
+            while self._excess(other) > 1:
+                other = self._shrink(other, options.step)
+            damage = self._measured_damage(other)
+            if damage >= least:
+                break
+            stays, least = other, damage
+        return stays
+
+    def _measured_damage(self, stays: Bools) -> float:
+        features, logits, weights = self.inputs
+        masked = self.profile.masked
+        now = masked.evaluate(features, self._keep(stays), start=self.profile.start)
+        return mean_divergence(logits, now, self.task.members, weights, self.options.temperatures)
+
+    def _regrow(self, stays: Bools, step: float) -> Bools:
+        """Take back removed units that lower the damage most, a share `step` of the parameters."""
+        stays = stays.copy()
+        found = self._influence(stays)
+        change = found.slope + found.curvature.diagonal() / 2
+        now, saved = self._savings(stays)
+        goal = now * (1 + step)
+        while now < goal:
+            gone = np.flatnonzero(~stays & (self.owner >= 0))
+            gain = np.maximum(saved[self.owner[gone]], 1)
+            if not len(gone) or change[gone].min() >= 0:
+                break
+            unit = gone[(change[gone] / gain).argmin()]
+            stays[unit] = True
+            now += int(saved[self.owner[unit]])
+            change = change + found.curvature[:, unit]
+        return stays
 
     def _keep(self, stays: Bools) -> dict[str, Bools]:
         return {group: stays[span].copy() for group, span in self.spans.items()}
@@ -497,18 +541,21 @@ class _Search:
         """Predicted damage of each unit's removal, and what each removal adds to the others'."""
         if self.options.criterion is Criterion.ENERGY:
             return self._energy_ranks(), None
+        found = self._influence(stays)
+        return -found.slope + found.curvature.diagonal() / 2, found.curvature
+
+    def _influence(self, stays: Bools) -> Influence:
         features, logits, weights = self.inputs
         row = stays.astype(np.float32)[None]
-        found = self.profile.influence(
+        return self.profile.influence(
             features,
             row,
             logits,
             weights,
             self.task.members,
-            self.options.temperature,
+            self.options.temperatures,
             self.rng,
         )
-        return -found.slope + found.curvature.diagonal() / 2, found.curvature
 
     def _energy_ranks(self) -> Doubles:
         """Rank of each unit's energy times squared weights in its group, as a share of its size."""
@@ -552,6 +599,8 @@ class _Search:
         removed = 0
         while now > goal:
             alive = np.flatnonzero(stays & (self.owner >= 0))
+            left = np.bincount(self.owner[alive], minlength=len(self.groups))
+            alive = alive[left[self.owner[alive]] > 1]
             gain = saved[self.owner[alive]]
             alive, gain = alive[gain > 0], gain[gain > 0]
             if not len(alive) and self._excess(stays) == np.inf:
