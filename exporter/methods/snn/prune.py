@@ -483,7 +483,10 @@ class _Search:
         return self._keep(stays), history[:-1] if len(history) > 1 else []
 
     def _refine(self, stays: Bools) -> Bools:
-        """Take units back and remove others to the same size, as long as that lowers the damage."""
+        """Take units back and remove others to the same size, keeping what lowers the damage.
+
+        A try that does not is followed by another, with other random signs.
+        """
         options = self.options
         least = self._measured_damage(stays)
         for _ in range(options.refinements):
@@ -491,9 +494,8 @@ class _Search:
             while self._excess(other) > 1:
                 other = self._shrink(other, options.step)
             damage = self._measured_damage(other)
-            if damage >= least:
-                break
-            stays, least = other, damage
+            if damage < least:
+                stays, least = other, damage
         return stays
 
     def _measured_damage(self, stays: Bools) -> float:
