@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -145,12 +145,16 @@ class RunningDevice:
         self.failure: Fault | None = None
 
         # One lock for the engine; the alarm thread waits on it for the next deadline.
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._alarm_s = float("inf")
         self._runs: NewestWins[Run] = NewestWins(QUEUED_RUNS)
         self._dropped = 0
         self._timings: deque[float] = deque(maxlen=KEPT_TIMINGS)
         self._last_decision_s = float("-inf")
+        self._topic_of = {
+            kind: self._topics.device(device_id, leaf) for kind, leaf in LEAVES.items()
+        } | {MessageKind.ESCALATION: self._topics.escalation}
         status_topic = self._topics.device(device_id, "status")
         self._link = Link(
             address,
@@ -188,7 +192,7 @@ class RunningDevice:
 
     def stats(self) -> DeviceStats:
         """How it is doing."""
-        with self._changed:
+        with self._lock:
             timings = list(self._timings)
             requests, answers = self._engine.requests, self._engine.answers
             rejected = self._engine.rejected.total()
@@ -213,13 +217,13 @@ class RunningDevice:
     @property
     def rejected(self) -> dict[Refusal, int]:
         """Messages that were turned away, by reason."""
-        with self._changed:
+        with self._lock:
             return dict(self._engine.rejected)
 
     # Messages: on the network thread.
 
     def _births(self) -> list[Message]:
-        with self._changed:
+        with self._lock:
             self._engine.connected()
         device = self.info.device
         return [
@@ -257,7 +261,7 @@ class RunningDevice:
         request = self._decoded(payload)
         if not isinstance(request, Request):
             return self._reject(request)
-        with self._changed:
+        with self._lock:
             effects = self._engine.request(request)
             share = self._engine.earliest_share
             if share is not None:
@@ -271,7 +275,7 @@ class RunningDevice:
         part = self._decoded(payload)
         if not isinstance(part, (Answer, TensorPart)) or part.kind != kind:
             return self._reject(part)
-        with self._changed:
+        with self._lock:
             effects = self._engine.part(device, part, len(payload))
         self._perform(effects)
 
@@ -279,7 +283,7 @@ class RunningDevice:
         escalation = self._decoded(payload)
         if not isinstance(escalation, Escalation):
             return self._reject(escalation)
-        with self._changed:
+        with self._lock:
             effects = self._engine.escalation(escalation)
         self._perform(effects)
 
@@ -291,7 +295,7 @@ class RunningDevice:
             return self._reject(None)
         if info.device != device:
             return self._reject(info)
-        with self._changed:
+        with self._lock:
             effects = self._engine.info(info)
         self._perform(effects)
 
@@ -303,7 +307,7 @@ class RunningDevice:
             return self._reject(None)
         if device is None:
             return self._reject(status)
-        with self._changed:
+        with self._lock:
             effects = self._engine.status(device, status)
         self._perform(effects)
 
@@ -315,33 +319,24 @@ class RunningDevice:
 
     def _reject(self, message: object) -> None:
         """Count a message that does not belong where it came: nothing of it is believed."""
-        with self._changed:
+        with self._lock:
             reason = Refusal.GARBAGE if message is None else Refusal.WRONG_TOPIC
             self._engine.rejected[reason] += 1
 
     # Effects: on any thread, without the engine's lock.
 
-    def _perform(self, effects: Iterable[Effect]) -> None:
-        todo = deque(effects)
-        while todo:
-            effect = todo.popleft()
-            if isinstance(effect, Run):
-                if effect.piece in self._inline and effect.values is not None:
-                    todo.extend(self._run(effect))
-                elif (oldest := self._runs.put(effect)) is not None:
-                    todo.extend(self._failed(oldest))
-            elif isinstance(effect, Send):
-                self._send(effect)
-            else:
+    def _perform(self, effects: list[Effect]) -> None:
+        # Grows while it is walked: what is done may ask for more.
+        for effect in effects:
+            if isinstance(effect, Send):
+                message = effect.message
+                self._link.publish(self._topic_of[message.kind], encode(message))
+            elif isinstance(effect, Decide):
                 self._publish_decision(effect)
-
-    def _send(self, effect: Send) -> None:
-        message = effect.message
-        if isinstance(message, Escalation):
-            topic = self._topics.escalation
-        else:
-            topic = self._topics.device(self.info.device, LEAVES[message.kind])
-        self._link.publish(topic, encode(message))
+            elif effect.piece in self._inline and effect.values is not None:
+                effects += self._run(effect)
+            elif (oldest := self._runs.put(effect)) is not None:
+                effects += self._failed(oldest)
 
     def _publish_decision(self, effect: Decide) -> None:
         payload = encode_text(effect.decision)
@@ -366,7 +361,7 @@ class RunningDevice:
         inference_s = end_s - begin_s
         self._timings.append(inference_s)
         queue_us = int((begin_s - run.since_s) * 1e6)
-        with self._changed:
+        with self._lock:
             return self._engine.ran(run, stored, queue_us, int(inference_s * 1e6))
 
     def _sensor_frame(self) -> NDArray[np.generic]:
@@ -375,7 +370,7 @@ class RunningDevice:
         return self._read_sensor()
 
     def _failed(self, run: Run) -> list[Effect]:
-        with self._changed:
+        with self._lock:
             self._dropped += 1
             return self._engine.failed(run)
 

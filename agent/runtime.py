@@ -290,7 +290,9 @@ class _Micro:
 
 def _look_up(table: NDArray[np.int8], frame: NDArray[np.uint8], out: NDArray[np.int8]) -> None:
     if table.ndim == 1:
-        np.take(table, frame, out=out, mode="clip")  # "clip" spares a copy; nothing is out of range
+        # The same as table[frame], at a fraction of the cost for small frames.
+        looked_up = frame.tobytes().translate(table.tobytes())
+        out[...] = np.frombuffer(looked_up, np.int8).reshape(frame.shape)
     else:
         out[...] = table[np.arange(table.shape[0]), frame]
 
