@@ -45,7 +45,7 @@ class Recipe:
 
 
 RECIPES = {
-    "vgg16_cifar10": Recipe("cifar10", lambda: vgg16(10, dropout=0.1), held_out=5_000, epochs=70),
+    "vgg16_cifar10": Recipe("cifar10", lambda: vgg16(10), held_out=5_000, epochs=30),
     "vgg16_cifar100": Recipe("cifar100", lambda: vgg16(100), held_out=500, epochs=80, batch=64),
     "lenet_mnist": Recipe("mnist", lenet, held_out=5_000, epochs=10, peak_rate=0.05, flip=False),
 }

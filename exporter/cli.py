@@ -254,7 +254,7 @@ def report(bundle: Path, as_json: bool) -> None:
 def _options(chosen: dict[str, Any]) -> Any:
     from exporter.methods.snn.compensate import CompensateOptions
     from exporter.methods.snn.distill import DistillOptions
-    from exporter.methods.snn.method import SnnOptions
+    from exporter.methods.snn.options import SnnOptions
     from exporter.methods.snn.prune import Criterion
 
     epochs = chosen["distill"]

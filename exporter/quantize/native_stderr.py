@@ -62,3 +62,4 @@ def start_tensorflow() -> None:
         import tensorflow as tf
 
         tf.add(tf.zeros(1), 1.0)
+    tf.get_logger().setLevel("ERROR")  # many small models retrace by design

@@ -1,0 +1,224 @@
+"""Edge^nAI's tables: accuracy and size of class-pruned fleets, ranking of candidates, their cost.
+
+    python -m benchmarks.snn table vgg16_cifar10 [--steps pruned compensated distilled] [--seeds 1]
+    python -m benchmarks.snn ranking vgg16_cifar10
+
+Everything goes through the code that `shoal export` runs: partition search, pruning, int8
+conversion, verification, calibration on held-out data, test data last. Each run writes
+benchmarks/results/snn_*.json; `python -m benchmarks.run snn` draws the tables from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent.protocol.fleet import Fleet
+from agent.protocol.manifest import FrameSpec
+from benchmarks.datasets import ROOT, SHARED, npz_path
+from exporter.data import DataSet, Split
+from exporter.methods.snn.compensate import CompensateOptions
+from exporter.methods.snn.distill import DistillOptions
+from exporter.methods.snn.method import SNN
+from exporter.methods.snn.options import SnnOptions
+from exporter.methods.snn.partition import PartitionOptions
+from exporter.quantize.native_stderr import start_tensorflow
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BASES = Path(__file__).resolve().parent / "bases"
+KEEP = {2: 0.50, 5: 0.40, 10: 0.30}
+"""Share of the base's parameters that each SNN keeps, by number of SNNs: the goals."""
+STEPS = ("pruned", "compensated", "distilled")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A trained network and its data.
+
+    Attributes:
+        load: () -> (Keras model, DataSet).
+        steps: Which steps are worth a row.
+        distill: How the last step trains.
+        candidates: Partitions evaluated for real.
+    """
+
+    load: Callable[[], tuple[Any, DataSet]]
+    distill: DistillOptions
+    distill_samples: int
+    candidates: int = 3
+    prune_samples: int = 2_000
+
+
+def _committed(name: str, data: str, build: Callable[[], Any], held_out: int) -> Callable[[], Any]:
+    def load() -> tuple[Any, DataSet]:
+        with np.load(npz_path(data)) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+        with np.load(BASES / f"{name}.npz") as archive:
+            weights = [archive[f"arr_{i}"].astype(np.float32) for i in range(len(archive.files))]
+        model = build()
+        model.set_weights(weights)
+        x, y = arrays["x_train"], arrays["y_train"].astype(np.int64)
+        count = int(y.max()) + 1
+        return model, DataSet(
+            name=data,
+            classes=tuple(map(str, range(count))),
+            frame=FrameSpec(shape=x.shape[1:], dtype="uint8", scale=(1 / 255,), offset=(0.0,)),
+            train=Split(x[:-held_out], y[:-held_out]),
+            held_out=Split(x[-held_out:], y[-held_out:]),
+            test=Split(arrays["x_test"], arrays["y_test"].astype(np.int64)),
+        )
+
+    return load
+
+
+def _resnet56() -> tuple[Any, DataSet]:
+    """The trained ResNet-56 has seen all training images: half of the test images are held out."""
+    from exporter.zoo.resnet import cifar_resnet, load_pytorch_resnet
+
+    with np.load(npz_path("cifar10")) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    model = cifar_resnet(56)
+    load_pytorch_resnet(model, SHARED / "cifar10_resnet" / "resnet56.npz")
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    x, y = arrays["x_test"], arrays["y_test"].astype(np.int64)
+    return model, DataSet(
+        name="cifar10",
+        classes=tuple(map(str, range(10))),
+        frame=FrameSpec(
+            shape=(32, 32, 3),
+            dtype="uint8",
+            scale=tuple((1 / 255 / deviation).tolist()),
+            offset=tuple((-mean / deviation).tolist()),
+        ),
+        train=Split(arrays["x_train"], arrays["y_train"].astype(np.int64)),
+        held_out=Split(x[:5_000], y[:5_000]),
+        test=Split(x[5_000:], y[5_000:]),
+    )
+
+
+def _vgg(classes: int) -> Any:
+    from exporter.zoo.vgg import vgg16
+
+    return vgg16(classes)
+
+
+def _lenet() -> Any:
+    from exporter.zoo.lenet import lenet
+
+    return lenet()
+
+
+SMALL_IMAGES = DistillOptions(epochs=3, crop_pixels=2, flip=True)
+BASE_NETWORKS = {
+    "vgg16_cifar10": Base(
+        _committed("vgg16_cifar10", "cifar10", lambda: _vgg(10), 5_000), SMALL_IMAGES, 15_000
+    ),
+    "resnet56_cifar10": Base(_resnet56, SMALL_IMAGES, 12_000, candidates=1),
+    "lenet_mnist": Base(
+        _committed("lenet_mnist", "mnist", _lenet, 5_000),
+        DistillOptions(epochs=3, crop_pixels=1),
+        20_000,
+    ),
+    "vgg16_cifar100": Base(
+        _committed("vgg16_cifar100", "cifar100", lambda: _vgg(100), 500), SMALL_IMAGES, 4_500
+    ),
+}
+
+
+def fleet_of(devices: int) -> Fleet:
+    """A fleet of equal Raspberry Pis and one that aggregates."""
+    return Fleet.model_validate(
+        {
+            "shoal": 1,
+            "fleet": "bench",
+            "aggregator": "hub",
+            "devices": [
+                *({"id": f"pi-{i}", "kind": "pi-4"} for i in range(devices)),
+                {"id": "hub", "kind": "pi-5", "tier": "edge"},
+            ],
+        }
+    )
+
+
+def options_for(base: Base, n: int, step: str, seed: int) -> SnnOptions:
+    """What one row of the table is made with."""
+    distilled = step == "distilled"
+    return SnnOptions(
+        keep=KEEP[n],
+        compensate=CompensateOptions(seed=seed) if step != "pruned" else None,
+        distill=replace(base.distill, seed=seed) if distilled else None,
+        distill_samples=base.distill_samples,
+        outcomes="rest",
+        prune_samples=base.prune_samples,
+        partition=PartitionOptions(
+            exhaustive_up_to=3_000,
+            evaluated_at_least=1,
+            evaluated_at_most=base.candidates,
+            seed=seed,
+        ),
+        cache=ROOT / ".cache" / "bench",
+        seed=seed,
+    )
+
+
+def table(name: str, steps: Sequence[str], numbers: Sequence[int], seeds: int) -> None:
+    """Measure rows and write them as they come."""
+    from exporter import pipeline
+
+    base = BASE_NETWORKS[name]
+    model, data = base.load()
+    reference = pipeline.measure_base(model, data, "int8")
+    rows = []
+    for seed in range(seeds):
+        for n in numbers:
+            for step in steps:
+                started = time.monotonic()
+                options = options_for(base, n, step, seed)
+                fleet = fleet_of(n)
+                method = SNN()
+                design = method.design(model, data, fleet, options, _progress)
+                exported = pipeline.quantize(
+                    design.pieces, data, fleet, "int8", _progress, allow_drift=True
+                )
+                settled = method.settle(design, data, fleet, options, pipeline.runner(exported))
+                shares = {k: v.value for k, v in settled.figures.items() if v.unit == "share"}
+                row = {
+                    "base": name,
+                    "n": n,
+                    "step": step,
+                    "seed": seed,
+                    "largest_share": round(design.figures["largest_piece"].value, 4),
+                    "accuracy_base_float": reference["accuracy_base_float"].value,
+                    "accuracy_base": reference["accuracy_base"].value,
+                    **{k: round(v, 4) for k, v in shares.items()},
+                    "seconds": round(time.monotonic() - started),
+                }
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                RESULTS.mkdir(exist_ok=True)
+                text = json.dumps(rows, indent=1)
+                (RESULTS / f"snn_{name}.json").write_text(text + "\n")
+
+
+def _progress(what: str, done: int, total: int) -> None:
+    if done == 0:
+        print(f"  {what} ({total})", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["table", "ranking"])
+    parser.add_argument("base", choices=sorted(BASE_NETWORKS))
+    parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
+    parser.add_argument("-n", nargs="+", type=int, default=sorted(KEEP), choices=sorted(KEEP))
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    start_tensorflow()
+    table(arguments.base, arguments.steps, arguments.n, arguments.seeds)

@@ -1,0 +1,234 @@
+"""Which device answers which classes: networks pruned for class sets, estimated and real."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.protocol.errors import DataError
+from agent.protocol.fleet import Device, Fleet
+from agent.protocol.plan import AnswerRule
+from agent.protocol.scores import Answers, answer
+from exporter.cost.piece import INTERPRETER_CODE_BYTES
+from exporter.methods.face import Progress
+
+from .estimate import EntropyEstimator, Outcomes, own_class_probabilities
+from .masked import Floats
+from .options import Snn, SnnOptions, plain
+from .partition import (
+    Partition,
+    PartitionSearch,
+    counts_for_budgets,
+    equal_counts,
+    search_partition,
+)
+from .profile import BaseProfile
+from .prune import PrunedSnn, PruneOptions, prune, pruned_logits
+from .search import ResultCache, Workers, content_key, map_cached
+from .threshold import WHOLE_GRID, common_threshold
+
+
+@dataclass(frozen=True, eq=False)
+class Pruning:
+    """What a worker needs to prune for any classes."""
+
+    profile: BaseProfile
+    options: PruneOptions
+    features: Floats
+    """Of the threshold set, at the profile's start."""
+
+    def key(self, classes: Sequence[int]) -> str:
+        """Of what pruning for these classes depends on."""
+        return content_key(what="prune", base=self._base, classes=list(classes))
+
+    @cached_property
+    def _base(self) -> str:
+        return content_key(
+            version=version("shoal"),
+            features=self.features,
+            inputs=self.profile.features,
+            labels=self.profile.labels,
+            logits=self.profile.logits,
+            options=plain(self.options),
+        )
+
+
+def prune_one(work: Pruning, classes: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """Prune for one class set; masks, counts and logits as plain arrays."""
+    pruned = prune(work.profile, classes, options=work.options)
+    arrays = {f"keep/{group}": mask for group, mask in pruned.keep.items()}
+    numbers = [pruned.parameters, pruned.macs, pruned.ratio, pruned.base_accuracy, pruned.accuracy]
+    return {
+        **arrays,
+        "numbers": np.asarray(numbers, np.float64),
+        "rows": np.asarray(pruned.rows),
+        "logits": pruned_logits(work.profile, pruned, work.features),
+    }
+
+
+def _pruned(classes: Sequence[int], arrays: Mapping[str, NDArray[Any]]) -> PrunedSnn:
+    parameters, macs, ratio, base_accuracy, accuracy = arrays["numbers"].tolist()
+    return PrunedSnn(
+        classes=tuple(classes),
+        keep={k.removeprefix("keep/"): v for k, v in arrays.items() if k.startswith("keep/")},
+        rows=tuple(arrays["rows"].tolist()),
+        parameters=int(parameters),
+        macs=int(macs),
+        ratio=ratio,
+        base_accuracy=base_accuracy,
+        accuracy=accuracy,
+        history=(),
+    )
+
+
+class SubsetSearch:
+    """Pruned networks for class sets, computed in parallel and remembered."""
+
+    def __init__(self, work: Pruning, options: SnnOptions, progress: Progress) -> None:
+        self.work, self.options, self.progress = work, options, progress
+        self.cache = ResultCache(options.cache)
+        self.workers = Workers(options.workers or None, options.dask_scheduler)
+        self.done: dict[tuple[int, ...], dict[str, NDArray[Any]]] = {}
+
+    def networks(
+        self, subsets: Sequence[tuple[int, ...]], what: str
+    ) -> list[dict[str, NDArray[Any]]]:
+        """Pruning results of class sets, in their order."""
+        missing = [subset for subset in dict.fromkeys(subsets) if subset not in self.done]
+        if missing:
+            results = map_cached(
+                prune_one,
+                self.work,
+                missing,
+                self.work.key,
+                cache=self.cache,
+                workers=self.workers,
+                progress=self.progress,
+                what=what,
+            )
+            self.done.update(zip(missing, results, strict=True))
+        return [self.done[subset] for subset in subsets]
+
+    def answers(self, subset: tuple[int, ...]) -> Answers:
+        """What the network for a class set says of the threshold set, foreign rows kept."""
+        (found,) = self.networks([subset], "prune")
+        rule = AnswerRule(
+            classes=subset, logits=tuple(found["rows"].tolist()), dont_know_threshold=1.0
+        )
+        return answer(found["logits"], rule)
+
+
+def best_partition(
+    search: SubsetSearch,
+    labels: NDArray[np.int64],
+    fleet: Fleet,
+    options: SnnOptions,
+    progress: Progress,
+) -> PartitionSearch:
+    """Which device answers which classes."""
+    profile = search.work.profile
+    singles = [(c,) for c in range(profile.classes)]
+    alone = search.networks(singles, "prune for one class each")
+    estimator = EntropyEstimator(
+        own_class_probabilities([found["logits"] for found in alone]), Outcomes.REST
+    )
+
+    def estimate(partition: Partition) -> float:
+        return _score([estimator.answers(subset) for subset in partition], labels)
+
+    def evaluate(partitions: Sequence[Partition]) -> list[float]:
+        subsets = [subset for partition in partitions for subset in partition]
+        search.networks(subsets, "prune the best candidates")
+        return [_score([search.answers(s) for s in p], labels) for p in partitions]
+
+    return search_partition(
+        _counts(search, alone, fleet),
+        estimate,
+        evaluate,
+        options=options.partition,
+        confusions=profile.confusion.astype(np.float64),
+        progress=progress,
+    )
+
+
+def _score(answers: Sequence[Answers], labels: NDArray[np.int64]) -> float:
+    """Fleet accuracy of the paper's rule at the best common threshold."""
+    return common_threshold(answers, labels, WHOLE_GRID).accuracy
+
+
+def _counts(
+    search: SubsetSearch, alone: Sequence[Mapping[str, NDArray[Any]]], fleet: Fleet
+) -> tuple[int, ...]:
+    """How many classes each device answers: equally many, unless a budget says otherwise.
+
+    The size of an SNN for k classes is read off a line from the mean network for one class to the
+    base: the budget check after pruning is exact.
+    """
+    workers, classes = fleet.workers, search.work.profile.classes
+    equal = equal_counts(classes, len(workers))
+    one = float(np.mean([found["numbers"][0] for found in alone]))
+    whole = search.work.profile.cost.inference_parameters
+
+    def size_bytes(count: int) -> int:
+        return round(one + (whole - one) * (count - 1) / max(classes - 1, 1))
+
+    budgets = [_weight_budget(device) for device in workers]
+    if all(size_bytes(k) <= budget for k, budget in zip(equal, budgets, strict=True)):
+        return equal
+    return counts_for_budgets(
+        classes, budgets, size_bytes, devices=[device.id for device in workers]
+    )
+
+
+def _weight_budget(device: Device) -> int:
+    """Bytes that a device has for weights alone."""
+    if device.flash_bytes is None:
+        return device.memory_bytes
+    return max(int(device.flash_bytes) - INTERPRETER_CODE_BYTES, 0)
+
+
+def assign(
+    search: SubsetSearch,
+    partition: Partition,
+    labels: NDArray[np.int64],
+    fleet: Fleet,
+    options: SnnOptions,
+) -> tuple[Snn, ...]:
+    """The SNNs of a partition on the fleet's devices, with the better definition of outcomes."""
+    found = search.networks(list(partition), "prune")
+    every = [_pruned(classes, x) for classes, x in zip(partition, found, strict=True)]
+    logits = [x["logits"] for x in found]
+    rows = [tuple(x["rows"].tolist()) for x in found]
+    own_rows = None
+    if options.outcomes != "rest" and all(len(classes) > 1 for classes in partition):
+        own_rows = [[row.index(c) for c in s.classes] for row, s in zip(rows, every, strict=True)]
+    elif options.outcomes == "own":
+        raise DataError(
+            "outcomes 'own' need two classes or more a device: an entropy over one is always 0",
+            "leave --outcomes at auto, or use fewer devices",
+        )
+    with_rest = [
+        Snn(f"snn-{device.id}", device, pruned, pruned.rows)
+        for device, pruned in zip(fleet.workers, every, strict=True)
+    ]
+    if own_rows is None:
+        return tuple(with_rest)
+    own = [
+        Snn(s.piece, s.device, replace(s.pruned, rows=s.pruned.classes), s.pruned.classes)
+        for s in with_rest
+    ]
+    if options.outcomes == "own":
+        return tuple(own)
+    rest_score = _score(
+        [answer(x, s.rule()) for x, s in zip(logits, with_rest, strict=True)], labels
+    )
+    own_score = _score(
+        [answer(x[:, r], s.rule()) for x, r, s in zip(logits, own_rows, own, strict=True)], labels
+    )
+    return tuple(own if own_score > rest_score else with_rest)

@@ -1,0 +1,113 @@
+"""After pruning: the SNNs compensated and distilled, in parallel and cached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.data import DataSet
+from exporter.surgery import without_softmax
+
+from .candidates import SubsetSearch
+from .compensate import compensate
+from .distill import Row, distill
+from .masked import Floats
+from .options import Snn, SnnOptions, plain
+from .prune import build
+from .search import content_key, map_cached
+
+if TYPE_CHECKING:
+    import keras
+
+
+@dataclass(frozen=True, eq=False)
+class _Retraining:
+    """What a worker needs to compensate and distill any of the SNNs."""
+
+    base: keras.Model
+    options: SnnOptions
+    held_out: Floats
+    frames: NDArray[Any]
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    def key(self, snn: Snn) -> str:
+        """Of what the result for this SNN depends on."""
+        keep = {group: np.packbits(mask) for group, mask in snn.pruned.keep.items()}
+        return content_key(
+            what="retrain", data=self._data, keep=keep, classes=list(snn.pruned.classes)
+        )
+
+    @cached_property
+    def _data(self) -> str:
+        return content_key(
+            version=version("shoal"),
+            base=[np.asarray(w) for w in self.base.get_weights()],
+            compensate=plain(self.options.compensate),
+            distill=plain(self.options.distill),
+            held_out=self.held_out,
+            frames=self.frames,
+            preprocessing=[list(self.scale), list(self.offset)],
+        )
+
+
+def _retrain_one(work: _Retraining, snn: Snn) -> dict[str, NDArray[Any]]:
+    """A compensated, distilled network: its configuration as JSON bytes, and its weights."""
+    model = build(work.base, snn.pruned)
+    rows: tuple[Row, ...] = snn.logits
+    if work.options.compensate is not None:
+        compensated = compensate(
+            work.base, model, snn.pruned, work.held_out, options=work.options.compensate
+        )
+        model = compensated.model
+    if work.options.distill is not None:
+        inputs = work.frames.astype(np.float32) * np.asarray(work.scale, np.float32)
+        inputs += np.asarray(work.offset, np.float32)
+        distilled = distill(work.base, model, snn.pruned, inputs, options=work.options.distill)
+        model, rows = distilled.model, distilled.rows
+    weights = {f"weight/{i:04d}": np.asarray(w) for i, w in enumerate(model.get_weights())}
+    return {
+        **weights,
+        "config": np.frombuffer(model.to_json().encode(), np.uint8),
+        "rows": np.asarray([str(row) for row in rows]),
+    }
+
+
+def retrained(
+    search: SubsetSearch, base: keras.Model, snns: Sequence[Snn], held_out: Floats, data: DataSet
+) -> tuple[tuple[Snn, ...], list[keras.Model]]:
+    """The SNNs compensated and distilled, in parallel, and their networks."""
+    import keras
+
+    options = search.options
+    order = np.random.default_rng(options.seed).permutation(len(data.train))
+    frames = data.train.frames[np.sort(order[: options.distill_samples])]
+    work = _Retraining(
+        without_softmax(base), options, held_out, frames, data.frame.scale, data.frame.offset
+    )
+    results = map_cached(
+        _retrain_one,
+        work,
+        snns,
+        work.key,
+        cache=search.cache,
+        workers=search.workers,
+        progress=search.progress,
+        what="distill" if options.distill is not None else "compensate",
+    )
+    models, finished = [], []
+    for snn, result in zip(snns, results, strict=True):
+        model = keras.models.model_from_json(result["config"].tobytes().decode())
+        model.set_weights([w for k, w in sorted(result.items()) if k.startswith("weight/")])
+        models.append(model)
+        rows: tuple[Row, ...] = tuple(
+            "rest" if row == "rest" else int(row) for row in result["rows"].tolist()
+        )
+        finished.append(replace(snn, logits=rows))
+    return tuple(finished), models
