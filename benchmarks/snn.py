@@ -32,7 +32,6 @@ from exporter.methods.snn.partition import PartitionOptions
 from exporter.quantize.native_stderr import start_tensorflow
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BASES = Path(__file__).resolve().parent / "bases"
 KEEP = {2: 0.50, 5: 0.40, 10: 0.30}
 """Share of the base's parameters that each SNN keeps, by number of SNNs: the goals."""
 STEPS = ("pruned", "compensated", "distilled")
@@ -56,19 +55,16 @@ class Base:
     prune_samples: int = 2_000
 
 
-def _committed(name: str, data: str, build: Callable[[], Any], held_out: int) -> Callable[[], Any]:
+def _committed(name: str, held_out: int) -> Callable[[], tuple[Any, DataSet]]:
     def load() -> tuple[Any, DataSet]:
-        with np.load(npz_path(data)) as archive:
+        from benchmarks.train_bases import RECIPES, trained
+
+        with np.load(npz_path(RECIPES[name].data)) as archive:
             arrays = {key: archive[key] for key in archive.files}
-        with np.load(BASES / f"{name}.npz") as archive:
-            weights = [archive[f"arr_{i}"].astype(np.float32) for i in range(len(archive.files))]
-        model = build()
-        model.set_weights(weights)
         x, y = arrays["x_train"], arrays["y_train"].astype(np.int64)
-        count = int(y.max()) + 1
-        return model, DataSet(
-            name=data,
-            classes=tuple(map(str, range(count))),
+        return trained(name), DataSet(
+            name=RECIPES[name].data,
+            classes=tuple(map(str, range(int(y.max()) + 1))),
             frame=FrameSpec(shape=x.shape[1:], dtype="uint8", scale=(1 / 255,), offset=(0.0,)),
             train=Split(x[:-held_out], y[:-held_out]),
             held_out=Split(x[-held_out:], y[-held_out:]),
@@ -103,32 +99,14 @@ def _resnet56() -> tuple[Any, DataSet]:
     )
 
 
-def _vgg(classes: int) -> Any:
-    from exporter.zoo.vgg import vgg16
-
-    return vgg16(classes)
-
-
-def _lenet() -> Any:
-    from exporter.zoo.lenet import lenet
-
-    return lenet()
-
-
 SMALL_IMAGES = DistillOptions(epochs=3, crop_pixels=2, flip=True)
 BASE_NETWORKS = {
-    "vgg16_cifar10": Base(
-        _committed("vgg16_cifar10", "cifar10", lambda: _vgg(10), 5_000), SMALL_IMAGES, 15_000
-    ),
+    "vgg16_cifar10": Base(_committed("vgg16_cifar10", 5_000), SMALL_IMAGES, 15_000),
     "resnet56_cifar10": Base(_resnet56, SMALL_IMAGES, 12_000, candidates=1),
     "lenet_mnist": Base(
-        _committed("lenet_mnist", "mnist", _lenet, 5_000),
-        DistillOptions(epochs=3, crop_pixels=1),
-        20_000,
+        _committed("lenet_mnist", 5_000), DistillOptions(epochs=3, crop_pixels=1), 20_000
     ),
-    "vgg16_cifar100": Base(
-        _committed("vgg16_cifar100", "cifar100", lambda: _vgg(100), 500), SMALL_IMAGES, 4_500
-    ),
+    "vgg16_cifar100": Base(_committed("vgg16_cifar100", 500), SMALL_IMAGES, 4_500),
 }
 
 

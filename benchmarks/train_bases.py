@@ -1,6 +1,6 @@
 """Train the benchmark's base networks from scratch: fixed seed, one log and one weight file each.
 
-    python -m benchmarks.train_bases vgg16_cifar10 lenet_mnist vgg16_cifar100
+    python -m benchmarks.train_bases vgg16_cifar10 resnet8_cifar10 lenet_mnist vgg16_cifar100
 
 Writes benchmarks/bases/NAME.npz (float16 weights, < 5 MB) and NAME.log beside it (JSON lines).
 The last 5 000 training images (500 of the small CIFAR-100 set) are never trained on: thresholds,
@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from benchmarks.datasets import npz_path
 from exporter.zoo.lenet import lenet
+from exporter.zoo.resnet import cifar_resnet
 from exporter.zoo.vgg import vgg16
 
 BASES = Path(__file__).resolve().parent / "bases"
@@ -47,6 +48,7 @@ class Recipe:
 RECIPES = {
     "vgg16_cifar10": Recipe("cifar10", lambda: vgg16(10), held_out=5_000, epochs=30),
     "vgg16_cifar100": Recipe("cifar100", lambda: vgg16(100), held_out=500, epochs=80, batch=64),
+    "resnet8_cifar10": Recipe("cifar10", lambda: cifar_resnet(8), held_out=5_000, epochs=14),
     "lenet_mnist": Recipe("mnist", lenet, held_out=5_000, epochs=10, peak_rate=0.05, flip=False),
 }
 
@@ -135,6 +137,14 @@ def train(name: str, folder: Path) -> None:
         }
         print(json.dumps(summary), file=log)
         print(summary)
+
+
+def trained(name: str) -> keras.Model:
+    """A base with its committed weights."""
+    model = RECIPES[name].build()
+    with np.load(BASES / f"{name}.npz") as archive:
+        model.set_weights([archive[f"arr_{i}"].astype("f4") for i in range(len(archive.files))])
+    return model
 
 
 if __name__ == "__main__":
