@@ -36,7 +36,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; }
 h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; }
 p { margin: .4rem 0 .8rem; max-width: 46rem; }
 small, .quiet, figcaption { color: var(--quiet); }
-.key { display: grid; grid-template-columns: repeat(auto-fill, minmax(11.5rem, 1fr));
+.key { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.8rem, 1fr));
   gap: .8rem; margin: 1.4rem 0; }
 .key div { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
 .key b { display: block; font-size: 1.5rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
@@ -49,13 +49,15 @@ th { font-weight: 600; font-size: .85rem; color: var(--quiet); vertical-align: b
 th:last-child, td:last-child { padding-right: 0; }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .budget { display: flex; align-items: center; gap: .5rem; white-space: nowrap; }
-.budget small:first-child { width: 3.6em; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.6rem; }
+.budget small:first-child { width: 4.6em; }
+.devices td:nth-child(-n+2) { white-space: nowrap; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.8rem; }
 .plots svg { display: block; width: 100%; height: auto; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; align-items: center; }
 .legend svg { margin-right: .4rem; }
 figure { margin: 0; } figcaption { font-size: .85rem; } figcaption b { color: var(--ink); }
 text { fill: var(--quiet); font-size: 10px; }
+@media (max-width: 40rem) { th, td { padding-right: .9rem; } .key b { font-size: 1.25rem; } }
 """
 _COLOURS = ("var(--own)", "var(--foreign)")
 _NUMBER = re.compile(r"[\d,]+(\.\d+)?( ?(%|steps|[kM]?B))|[\d,]+\.\d+")
@@ -134,7 +136,7 @@ def rewrite_report(bundle: Path) -> Path:
         raise BundleMismatch(f"{path}: cannot be read: {error}", "export it anew") from None
     try:
         return write_report(bundle, manifest, load_fleet(bundle / manifest.fleet.path), report)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ShoalError(f"{path}: not a report's data: {error}", "export it anew") from None
 
 
@@ -152,7 +154,7 @@ def _card(name: str, figure: Figure) -> str:
 def _device_table(fleet: Fleet, manifest: Manifest) -> str:
     rows = "".join(_device_row(device, manifest) for device in fleet.devices)
     return (
-        '<div class="wide"><table><tr><th>device</th><th>piece</th><th>classes</th>'
+        '<div class="wide"><table class="devices"><tr><th>device</th><th>piece</th><th>classes</th>'
         '<th class="n">parameters</th><th class="n">file</th><th>of its budgets</th></tr>'
         f"{rows}</table></div>"
     )

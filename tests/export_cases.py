@@ -114,13 +114,13 @@ def residual() -> Any:
     from keras import layers
 
     image = keras.Input((8, 8, 1), name="image")
-    x = layers.Conv2D(16, 3, padding="same", use_bias=False, name="stem")(image)
+    x = layers.Conv2D(10, 3, padding="same", use_bias=False, name="stem")(image)
     x = layers.BatchNormalization(name="stem_bn")(x)
     x = layers.ReLU(name="stem_relu")(x)
-    y = layers.Conv2D(16, 3, padding="same", use_bias=False, name="block")(x)
+    y = layers.Conv2D(10, 3, padding="same", use_bias=False, name="block")(x)
     y = layers.BatchNormalization(name="block_bn")(y)
     y = layers.ReLU(name="block_relu")(y)
-    y = layers.Conv2D(16, 3, padding="same", use_bias=False, name="block2")(y)
+    y = layers.Conv2D(10, 3, padding="same", use_bias=False, name="block2")(y)
     y = layers.BatchNormalization(name="block2_bn")(y)
     x = layers.Add(name="add")([x, y])
     x = layers.ReLU(name="add_relu")(x)
