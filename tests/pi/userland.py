@@ -598,20 +598,25 @@ class _Builder:
         package = self.userland.folder / "package"
         aside = package.with_name("package.part")
         shutil.rmtree(aside, ignore_errors=True)
-        copy, made = aside / "checkout", aside / "wheel"
-        for path in sources:
-            (copy / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.checkout / path, copy / path)
-        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={made}"]
-        _run([*pip, str(copy)], hint="`pip wheel --no-deps .` in the checkout must work.")
         unzipped = aside / "package"
-        _unzip(next(made.glob("*.whl")), unzipped)
+        _unzip(make_wheel(self.checkout, aside), unzipped)
         stamp.unlink(missing_ok=True)
         shutil.rmtree(package, ignore_errors=True)
         unzipped.rename(package)
         shutil.rmtree(aside)
         stamp.write_text(json.dumps({"sha256": digest.hexdigest()}))
         self.say("package is installed")
+
+
+def make_wheel(checkout: Path, folder: Path) -> Path:
+    """`pip wheel` of a checkout, made in `folder` from a copy: the checkout stays as it is."""
+    copy, made = folder / "checkout", folder / "wheel"
+    for path in _package_sources(checkout):
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkout / path, copy / path)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={made}"]
+    _run([*pip, str(copy)], hint="`pip wheel --no-deps .` in the checkout must work.")
+    return next(made.glob("*.whl"))
 
 
 def _package_sources(checkout: Path) -> list[Path]:
