@@ -5,6 +5,7 @@ paho-mqtt is used through its external event loop calls (`reconnect`, `loop_read
 a publishing thread writes to the socket itself (no hop to the network thread), a handler runs
 outside paho's locks (its exception cannot end the network thread), and a refusal that repeating
 cannot mend (wrong password, client id taken over) ends the session instead of being retried.
+Publications of QoS 0 go past paho where they can, in both directions: see agent/wire.py.
 
 MQTT v5; v3.1.1 only where the broker knows nothing newer (amqtt, the demo broker). v3.1.1 carries
 no reasons: there, a duplicate client id and a publication refused by an access list stay unseen.
@@ -35,6 +36,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.protocol.errors import DeviceUnreachable
+from agent.wire import Wire
 
 KEEPALIVE_S = 10
 CONNECT_TIMEOUT_S = 3.0
@@ -45,6 +47,8 @@ FLUSH_TIMEOUT_S = 1.0
 OUT_QUEUE_MESSAGES = 1000
 OUT_QUEUE_BYTES = 8 * 1024 * 1024
 READ_BURST_PACKETS = 64
+MISC_PERIOD_S = 0.5
+"""How often paho looks at its keepalive."""
 
 CLAIM_TIMEOUT_S = 1.0
 _CLAIM_IDENTIFIER = 268_435_455  # the largest subscription identifier of MQTT 5
@@ -312,6 +316,26 @@ class _End:
     too_old: bool = False
 
 
+class _Client(mqtt.Client):
+    """paho's client on a `Wire` instead of a bare socket."""
+
+    wire: Wire | None = None
+
+    def _create_socket(self) -> Any:
+        v5 = self.protocol == MQTTProtocolVersion.MQTTv5
+        self.wire = Wire(super()._create_socket(), v5=v5)
+        return self.wire
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A message as it came; `topic` is None where it is not UTF-8."""
+
+    topic: str | None
+    payload: bytes
+    identifiers: Sequence[int] = ()
+
+
 class _Connection:
     """One connection to the broker from TCP connect to its end. A lost one is never used again.
 
@@ -329,7 +353,7 @@ class _Connection:
     ) -> None:
         self.version = version
         self.address = address
-        self.inbox: deque[mqtt.MQTTMessage] = deque()
+        self.inbox: deque[_Arrival] = deque()
         self.acknowledged: deque[tuple[int, ReasonCode]] = deque()
         self.granted: deque[tuple[int, list[ReasonCode]]] = deque()
         self.accepted = False
@@ -351,7 +375,7 @@ class _Connection:
         self._wake_writer.setblocking(False)
 
         v5 = version == MQTTProtocolVersion.MQTTv5
-        client = mqtt.Client(
+        client = _Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
             protocol=version,
@@ -424,7 +448,12 @@ class _Connection:
             self.end = _End(f"the connection ended: {reason}")
 
     def _on_message(self, client: Any, userdata: Any, message: mqtt.MQTTMessage) -> None:
-        self.inbox.append(message)
+        identifiers: Sequence[int] = getattr(message.properties, "SubscriptionIdentifier", ())
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = None
+        self.inbox.append(_Arrival(topic, bytes(message.payload), identifiers))
 
     def _on_subscribe(
         self, client: Any, userdata: Any, mid: int, reasons: list[ReasonCode], properties: Any
@@ -440,6 +469,8 @@ class _Connection:
 
     def send(self, message: Message) -> bool:
         """Queue a publication, and write it if nobody else is writing; False: no room."""
+        if not message.qos and self._send_at_once(message):
+            return True
         size = _size_bytes(message)
         with self._queue_lock:
             if self._closed:
@@ -467,17 +498,41 @@ class _Connection:
         self.flush()
         return True
 
+    def _send_at_once(self, message: Message) -> bool:
+        """Write a publication past paho, if nothing is queued before it and nobody is writing."""
+        topic = message.topic
+        if "+" in topic or "#" in topic or not self._io_lock.acquire(blocking=False):
+            return False
+        try:
+            wire = self.client.wire
+            if wire is None or not self.accepted or self._closed or self.client.want_write():
+                return False
+            sent = wire.publish(topic.encode(), message.payload, message.retain)
+            waiting = wire.unsent
+        finally:
+            self._io_lock.release()
+        if waiting:
+            with self._queue_lock:
+                self._backlog_messages += 1
+                self._backlog_bytes += _size_bytes(message)
+            self.wake()
+        return sent
+
     def flush(self) -> None:
         """Write what is queued now, or have the network thread do it."""
         if self._io_lock.acquire(blocking=False):
             try:
                 self._write()
-                done = self.client.socket() is not None and not self.client.want_write()
+                done = self.client.socket() is not None and not self._wants_to_write()
             finally:
                 self._io_lock.release()
             if done:
                 return
         self.wake()
+
+    def _wants_to_write(self) -> bool:
+        wire = self.client.wire
+        return self.client.want_write() or (wire is not None and wire.unsent)
 
     def subscribe(self, entry: _Subscription, identified: bool) -> int | None:
         """Send a SUBSCRIBE; returns its message id, or None when the connection is gone."""
@@ -511,9 +566,13 @@ class _Connection:
     # Network thread.
 
     def _write(self) -> None:
-        self.client.loop_write()
+        wire = self.client.wire
+        if self.client.want_write():
+            self.client.loop_write()
+        elif wire is not None:
+            wire.flush()
         with self._queue_lock:
-            if not self.client.want_write():
+            if not self._wants_to_write():
                 self._backlog_messages = self._backlog_bytes = 0
 
     def acknowledge(self) -> list[tuple[Message, ReasonCode]]:
@@ -567,45 +626,56 @@ class _Connection:
     def _serve(
         self, selector: selectors.BaseSelector, sock: Any, service: Callable[[_Connection], None]
     ) -> None:
+        wire = self.client.wire
+        assert wire is not None
         writing = False
+        misc_due_s = 0.0
         answer_by_s = time.monotonic() + ANSWER_TIMEOUT_S
-        while self.client.socket() is not None and time.monotonic() < self._leave_by_s:
-            if not self.accepted and self.end is None and time.monotonic() > answer_by_s:
+        while self.client.socket() is not None and (now_s := time.monotonic()) < self._leave_by_s:
+            if not self.accepted and self.end is None and now_s > answer_by_s:
                 # amqtt is silent for its whole keepalive on a v5 CONNECT with a will.
                 self.end = _End(
                     f"TCP connected, but no answer to MQTT CONNECT within {ANSWER_TIMEOUT_S:g} s",
                     too_old=True,
                 )
                 return
-            want_write = self.client.want_write()
+            want_write = self._wants_to_write()
             if want_write != writing:
                 writing = want_write
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
                 selector.modify(sock, events)
-            readable = False
-            for key, mask in selector.select(1.0 if self.accepted else ANSWER_TIMEOUT_S / 8):
+            timeout_s = 1.0 if self.accepted else ANSWER_TIMEOUT_S / 8
+            left_over = wire.packet() > 0  # from the last burst; until they are dealt with, no more
+            if left_over:
+                timeout_s = 0.0
+            for key, mask in selector.select(timeout_s):
                 if key.fileobj is self._wake_reader:
                     with suppress(BlockingIOError):
                         self._wake_reader.recv(4096)
-                elif mask & selectors.EVENT_READ:
-                    readable = True
-            if readable:
-                self._read(service)
-            with self._io_lock:
-                if self.client.want_write():
-                    self._write()
-                self.client.loop_misc()
+                elif mask & selectors.EVENT_READ and not left_over:
+                    with self._io_lock:
+                        wire.receive()
+            self._read(wire)
             service(self)
+            if self._wants_to_write() or now_s >= misc_due_s:
+                misc_due_s = now_s + MISC_PERIOD_S
+                with self._io_lock:
+                    if self._wants_to_write():
+                        self._write()
+                    self.client.loop_misc()
 
-    def _read(self, service: Callable[[_Connection], None]) -> None:
+    def _read(self, wire: Wire) -> None:
+        """Sort what was received into what service() looks at, at most a burst of it."""
         for _ in range(READ_BURST_PACKETS):
-            with self._io_lock:
-                self.client.loop_read()
-                sock: Any = self.client.socket()
-                pending = sock is not None and hasattr(sock, "pending") and sock.pending() > 0
-            progress = bool(self.inbox) or pending
-            service(self)
-            if sock is None or not progress:
+            size = wire.packet()
+            published = wire.publication(size) if size else None
+            if published is not None:
+                self.inbox.append(_arrival(*published))
+            elif size or wire.ended:
+                wire.grant(size)
+                with self._io_lock:
+                    self.client.loop_read()
+            if not size or self.client.socket() is None:
                 return
 
     def close(self) -> list[Message]:
@@ -620,6 +690,13 @@ class _Connection:
             self._wake_writer.close()
         self.acknowledge()
         return list(self.unacknowledged.values())
+
+
+def _arrival(topic: bytes, payload: bytes) -> _Arrival:
+    try:
+        return _Arrival(topic.decode(), payload)
+    except UnicodeDecodeError:
+        return _Arrival(None, payload)
 
 
 def _size_bytes(message: Message) -> int:
@@ -1041,19 +1118,17 @@ class Link:
                 )
             )
 
-    def _dispatch(self, message: mqtt.MQTTMessage) -> None:
-        identifiers: Sequence[int] = getattr(message.properties, "SubscriptionIdentifier", ())
-        try:
-            topic = message.topic
-        except UnicodeDecodeError as error:
+    def _dispatch(self, message: _Arrival) -> None:
+        topic = message.topic
+        if topic is None:
             self._handler_errors += 1
             text = "a message came on a topic that is not UTF-8"
-            self._fault(Fault(FaultKind.HANDLER_FAILED, text, error=error))
+            self._fault(Fault(FaultKind.HANDLER_FAILED, text))
             return
-        for entry in self._routes.find(topic, identifiers):
+        for entry in self._routes.find(topic, message.identifiers):
             self._received += 1
             try:
-                entry.handler(topic, bytes(message.payload))
+                entry.handler(topic, message.payload)
             except Exception as error:
                 self._handler_errors += 1
                 _log.exception("%s: the handler of %s failed", self, entry.topic_filter)

@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.ask import Asker
-from agent.protocol.messages import ANSWER_BODY, CRC, HEADER, Decision, Header, Request
+from agent.protocol.messages import ANSWER_BODY, CRC, HEADER, Decision, Header, Request, encode_text
 from agent.protocol.messages import encode as encode_message
-from agent.protocol.messages import encode_text
 from agent.up import FleetProcesses
 from benchmarks.bare_fan_in import Requester
 from benchmarks.record import ROOT, Row, circumstances, report
@@ -119,6 +118,7 @@ def _bare_fleet(port: int, sizes: dict[str, int]) -> Iterator[Requester]:
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # as the agents: Linux shares its cores out by session
         )
         for role in roles
     ]

@@ -1,0 +1,191 @@
+"""The socket below the MQTT client, with a short way past it for publications of QoS 0.
+
+Nearly all of a fleet's traffic is small publications of QoS 0. paho reads each in three system
+calls and builds some ten objects for it; ten agents that share two cores spend most of a decision's
+time on that. So the wire reads in bulk and picks plain publications out of the stream itself; every
+other packet it hands to the client, one at a time. In the other direction a publication may go to
+the socket at once while the client has nothing to write.
+
+Packets: MQTT 5.0 and 3.1.1, sections 2.1 and 3.3.
+"""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+RECEIVE_BYTES = 65_536
+_PUBLISH = 0x30
+_RETAIN = 0x01
+_LARGEST = 268_435_455  # what a remaining length of four bytes can say
+_WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Wire:
+    """A connected socket; for the client it is the socket itself (`recv`, `send`, `fileno`, ...).
+
+    Reading belongs to one thread; writing needs a lock around it.
+
+    Args:
+        sock: A TCP or TLS socket.
+        v5: MQTT 5, whose publications have properties; else 3.1.1.
+
+    Attributes:
+        ended: The peer has closed the connection, or it broke.
+    """
+
+    def __init__(self, sock: Any, *, v5: bool) -> None:
+        self._sock = sock
+        self._v5 = v5
+        self._received = bytearray()
+        self._granted = 0
+        self._unsent = b""
+        self._torn = False
+        self.ended = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    # For the client.
+
+    def recv(self, size: int) -> bytes:
+        """Bytes of the packet that was granted; b"" at the end of the connection."""
+        if self._granted == 0:
+            if self.ended:
+                return b""
+            raise BlockingIOError
+        size = min(size, self._granted)
+        data = bytes(self._received[:size])
+        del self._received[:size]
+        self._granted -= size
+        return data
+
+    def send(self, data: bytes | bytearray) -> int:
+        """Write what goes; what was written past the client goes first."""
+        if not self.flush():
+            raise BlockingIOError
+        sent: int = self._sock.send(data)
+        self._torn = sent < len(data)
+        return sent
+
+    # Reading past it.
+
+    def receive(self) -> None:
+        """Read what has arrived."""
+        try:
+            data = self._sock.recv(RECEIVE_BYTES)
+        except _WAIT:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._received += data
+        else:
+            self.ended = True
+
+    def packet(self) -> int:
+        """Size of the packet that comes next if it is there as a whole, else 0."""
+        received = self._received
+        length = shift = 0
+        for position in range(1, min(5, len(received))):
+            byte = received[position]
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                size = position + 1 + length
+                return size if size <= len(received) else 0
+        # Five bytes that say no length are no MQTT: the client is to see and say that.
+        return len(received) if len(received) >= 5 else 0
+
+    def publication(self, size: int) -> tuple[bytes, bytes] | None:
+        """Take the next packet, of this size, if it is a publication of QoS 0 without properties.
+
+        Returns:
+            Topic and payload; None where the packet is for the client.
+        """
+        received = self._received
+        if received[0] & ~_RETAIN != _PUBLISH:
+            return None
+        begin = 2
+        while received[begin - 1] & 0x80:
+            begin += 1
+            if begin > 5:
+                return None
+        if begin + 2 > size:
+            return None
+        end = begin + 2 + (received[begin] << 8 | received[begin + 1])
+        if self._v5:
+            if end >= size or received[end] != 0:
+                return None
+            payload = bytes(received[end + 1 : size])
+        elif end > size:
+            return None
+        else:
+            payload = bytes(received[end:size])
+        topic = bytes(received[begin + 2 : end])
+        if not topic:
+            return None
+        del received[:size]
+        return topic, payload
+
+    def grant(self, size: int) -> None:
+        """Let the client read the next packet."""
+        self._granted = size
+
+    # Writing past it.
+
+    @property
+    def unsent(self) -> bool:
+        """Whether a publication waits for room in the socket."""
+        return bool(self._unsent)
+
+    def publish(self, topic: bytes, payload: bytes, retain: bool) -> bool:
+        """Write a publication of QoS 0, the rest of it later where the socket has no room.
+
+        Returns:
+            False, with nothing written: the client or we are amid another packet, the connection
+            is broken, or no packet can hold this.
+        """
+        length = 2 + len(topic) + self._v5 + len(payload)
+        if self._torn or self._unsent or self.ended or not 0 < len(topic) <= 0xFFFF:
+            return False
+        if length < 0x80:
+            head = bytes((_PUBLISH | retain, length))
+        elif length <= _LARGEST:
+            head = bytes((_PUBLISH | retain,)) + _variable_length(length)
+        else:
+            return False
+        separator = b"\0" if self._v5 else b""
+        packet = b"".join((head, len(topic).to_bytes(2, "big"), topic, separator, payload))
+        try:
+            sent = self._sock.send(packet)
+        except _WAIT:
+            sent = 0
+        except OSError:
+            return False  # the client meets the same error, and knows what follows from it
+        if sent < len(packet):
+            self._unsent = packet[sent:]
+        return True
+
+    def flush(self) -> bool:
+        """Write the rest of a publication; whether none is left."""
+        while self._unsent:
+            try:
+                sent = self._sock.send(self._unsent)
+            except _WAIT:
+                return False
+            except OSError:
+                self._unsent = b""
+                self.ended = True
+                return True
+            self._unsent = self._unsent[sent:]
+        return True
+
+
+def _variable_length(length: int) -> bytes:
+    encoded = bytearray()
+    while True:
+        length, low = length >> 7, length & 0x7F
+        encoded.append(low | (0x80 if length else 0))
+        if not length:
+            return bytes(encoded)
