@@ -8,9 +8,10 @@ READY := .venv/.ready
 demo: $(READY)
 	@$(BIN)/python -m benchmarks.demo $(ARGS)
 
+# What this machine lacks is skipped; with CI=true it fails, and the emulated userlands run too.
 test: $(READY) lint
-	@sh .ci/system-packages mosquitto
-	$(BIN)/python -m pytest $(ARGS)
+	@sh .ci/system-packages mosquitto $(if $(filter true,$(CI)),g++ openssl)
+	$(BIN)/python -m pytest -m "not pi" $(ARGS)
 ifeq ($(CI),true)
 	$(MAKE) test-pi
 endif
@@ -18,7 +19,7 @@ endif
 # A device agent in real Raspberry Pi userlands (arm64 and armhf), emulated by qemu-user.
 test-pi: $(READY)
 	@sh .ci/system-packages mosquitto dpkg
-	SHOAL_TEST_PI=1 $(BIN)/python -m pytest -m pi tests/test_pi_*.py $(ARGS)
+	SHOAL_TEST_PI=1 $(BIN)/python -m pytest -m pi $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

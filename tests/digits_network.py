@@ -44,9 +44,10 @@ def write_digits(path: Path) -> None:
     from exporter.data import load_data
 
     data = load_data("digits")
-    parts = {"train": data.train, "val": data.held_out, "test": data.test}
-    arrays = {f"x_{name}": part.frames for name, part in parts.items()}
-    np.savez(path, **arrays, **{f"y_{name}": part.labels for name, part in parts.items()})
+    arrays = {}
+    for name, part in {"train": data.train, "val": data.held_out, "test": data.test}.items():
+        arrays[f"x_{name}"], arrays[f"y_{name}"] = part.frames, part.labels
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 def _train(path: Path) -> None:

@@ -15,8 +15,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.pi.userland import CHECKOUT, make_wheel, tomllib
+from tests.pi.userland import CHECKOUT, make_wheel
 from tests.toy_fleet import HELD_OUT, digits, toy_bundle
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 OF_EXTRAS = ("tensorflow", "keras", "sklearn", "tflite_micro", "PIL", "distributed", "serial")
 IMPORT_EVERYTHING = """
