@@ -2,7 +2,7 @@
 
     python -m benchmarks.example [-o FOLDER]
 
-The ResNet-8 was trained by benchmarks/train_bases.py on training images alone. The data is CIFAR-10,
+The ResNet-8 was trained by benchmarks/train_bases.py on training images. The data is CIFAR-10,
 from $SHOAL_DATA or downloaded by Keras; half of the test images become x_val, which calibrates.
 """
 

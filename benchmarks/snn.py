@@ -24,16 +24,25 @@ from agent.protocol.fleet import Fleet
 from agent.protocol.manifest import FrameSpec
 from benchmarks.datasets import ROOT, SHARED, npz_path
 from exporter.data import DataSet, Split
+from exporter.methods.snn.candidates import Scorers, prune_one
 from exporter.methods.snn.compensate import CompensateOptions
 from exporter.methods.snn.distill import DistillOptions
-from exporter.methods.snn.method import SNN
+from exporter.methods.snn.method import SNN, held_out_parts, subset_search
 from exporter.methods.snn.options import SnnOptions
-from exporter.methods.snn.partition import PartitionOptions
+from exporter.methods.snn.partition import (
+    PartitionOptions,
+    equal_counts,
+    random_partition,
+    top_overlap,
+)
 from exporter.quantize.native_stderr import start_tensorflow
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KEEP = {2: 0.50, 5: 0.40, 10: 0.30}
 """Share of the base's parameters that each SNN keeps, by number of SNNs: the goals."""
+RANKED_KEEP = 0.4
+TIMED = 2
+"""Candidates that are evaluated for real once more, alone, to time it."""
 STEPS = ("pruned", "compensated", "distilled")
 
 
@@ -185,6 +194,44 @@ def table(name: str, steps: Sequence[str], numbers: Sequence[int], seeds: int) -
                 (RESULTS / f"snn_{name}.json").write_text(text + "\n")
 
 
+def ranking(name: str, candidates: int) -> None:
+    """How well estimates rank candidates of 3 SNNs, and what scoring one costs."""
+    base = BASE_NETWORKS[name]
+    model, data = base.load()
+    options = replace(options_for(base, 2, "pruned", 0), keep=RANKED_KEEP)
+    parts = held_out_parts(data, options)
+    search = subset_search(model, data, parts, options, _progress)
+    scorers = Scorers(search, parts["threshold"].labels)
+    counts = equal_counts(len(data.classes), 3)
+    rng = np.random.default_rng(0)
+    drawn = list(dict.fromkeys(random_partition(counts, rng) for _ in range(2 * candidates)))
+    drawn = drawn[:candidates]
+    seconds = []
+    for partition in drawn[:TIMED]:
+        started = time.perf_counter()
+        pruned = [prune_one(search.work, subset) for subset in partition]
+        seconds.append(time.perf_counter() - started)
+        del pruned
+    real = scorers.evaluate(drawn)
+    started = time.perf_counter()
+    fresh = Scorers(search, parts["threshold"].labels)
+    estimated = [fresh.estimate(partition) for partition in drawn]
+    estimate_s = (time.perf_counter() - started) / len(drawn)
+    result = {
+        "base": name,
+        "candidates": len(drawn),
+        "keep": RANKED_KEEP,
+        "top_30_overlap": round(top_overlap(estimated, real, 0.3), 4),
+        "estimate_ms": round(estimate_s * 1e3, 3),
+        "real_s": round(float(np.median(seconds)), 2),
+        "cost_ratio": estimate_s / float(np.median(seconds)),
+        "estimated": [round(x, 4) for x in estimated],
+        "real": [round(x, 4) for x in real],
+    }
+    print(json.dumps(result), flush=True)
+    (RESULTS / f"snn_ranking_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def _progress(what: str, done: int, total: int) -> None:
     if done == 0:
         print(f"  {what} ({total})", flush=True)
@@ -197,6 +244,10 @@ if __name__ == "__main__":
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("-n", nargs="+", type=int, default=sorted(KEEP), choices=sorted(KEEP))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--candidates", type=int, default=40, help="of the ranking")
     arguments = parser.parse_args()
     start_tensorflow()
-    table(arguments.base, arguments.steps, arguments.n, arguments.seeds)
+    if arguments.what == "ranking":
+        ranking(arguments.base, arguments.candidates)
+    else:
+        table(arguments.base, arguments.steps, arguments.n, arguments.seeds)

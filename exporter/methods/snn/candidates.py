@@ -131,30 +131,52 @@ def best_partition(
     options: SnnOptions,
     progress: Progress,
 ) -> PartitionSearch:
-    """Which device answers which classes."""
-    profile = search.work.profile
-    singles = [(c,) for c in range(profile.classes)]
-    alone = search.networks(singles, "prune for one class each")
-    estimator = EntropyEstimator(
-        own_class_probabilities([found["logits"] for found in alone]), Outcomes.REST
-    )
+    """Which device answers which classes.
 
-    def estimate(partition: Partition) -> float:
-        return _score([estimator.answers(subset) for subset in partition], labels)
+    Args:
+        search: Prunes; its features are those of the threshold set.
+        labels: (N,) classes of the threshold set.
+        fleet: Its devices of tier 0 answer.
+        options: Sizes of the search.
+        progress: Told how far it is.
 
-    def evaluate(partitions: Sequence[Partition]) -> list[float]:
-        subsets = [subset for partition in partitions for subset in partition]
-        search.networks(subsets, "prune the best candidates")
-        return [_score([search.answers(s) for s in p], labels) for p in partitions]
-
+    Raises:
+        PlanDoesNotFit: more devices than classes, or a fleet that cannot hold all classes.
+    """
+    scorers = Scorers(search, labels)
     return search_partition(
-        _counts(search, alone, fleet),
-        estimate,
-        evaluate,
+        _counts(search, scorers.alone, fleet),
+        scorers.estimate,
+        scorers.evaluate,
         options=options.partition,
-        confusions=profile.confusion.astype(np.float64),
+        confusions=search.work.profile.confusion.astype(np.float64),
         progress=progress,
     )
+
+
+class Scorers:
+    """The two scores of a partition: fleet accuracy on the threshold set, estimated and real.
+
+    Attributes:
+        alone: What pruning for each class alone gave: the estimates rest on it.
+    """
+
+    def __init__(self, search: SubsetSearch, labels: NDArray[np.int64]) -> None:
+        self._search, self._labels = search, labels
+        singles = [(c,) for c in range(search.work.profile.classes)]
+        self.alone = search.networks(singles, "prune for one class each")
+        table = own_class_probabilities([found["logits"] for found in self.alone])
+        self._estimator = EntropyEstimator(table, Outcomes.REST)
+
+    def estimate(self, partition: Partition) -> float:
+        """From the networks for one class each: array gathers, no inference."""
+        return _score([self._estimator.answers(s) for s in partition], self._labels)
+
+    def evaluate(self, partitions: Sequence[Partition]) -> list[float]:
+        """From networks pruned for these very class sets."""
+        subsets = [subset for partition in partitions for subset in partition]
+        self._search.networks(subsets, "prune the best candidates")
+        return [_score([self._search.answers(s) for s in p], self._labels) for p in partitions]
 
 
 def _score(answers: Sequence[Answers], labels: NDArray[np.int64]) -> float:

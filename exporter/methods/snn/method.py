@@ -66,19 +66,11 @@ class SNN:
             PlanDoesNotFit: more devices than classes, or a fleet that cannot hold all classes.
             ShoalError: data or a model that cannot be pruned by classes.
         """
-        parts = {
-            name: data.held_out.take(index)
-            for name, index in disjoint_parts(
-                data.held_out.labels, HELD_OUT_SHARES, seed=options.seed
-            ).items()
-        }
-        profile = _profile(base, data, parts["prune"], options)
-        thresholds = parts["threshold"]
-        inputs = data.inputs(thresholds.frames)
-        features = profile.masked.evaluate(inputs, {}, stop=profile.start)
-        search = SubsetSearch(Pruning(profile, options.pruning, features), options, progress)
-        found = best_partition(search, thresholds.labels, fleet, options, progress)
-        snns = assign(search, found.best.partition, thresholds.labels, fleet, options)
+        parts = held_out_parts(data, options)
+        search = subset_search(base, data, parts, options, progress)
+        labels = parts["threshold"].labels
+        found = best_partition(search, labels, fleet, options, progress)
+        snns = assign(search, found.best.partition, labels, fleet, options)
         calibration = data.inputs(parts["prune"].frames)
         if options.compensate is None and options.distill is None:
             models = [build(base, snn.pruned) for snn in snns]
@@ -131,6 +123,26 @@ class SNN:
             pieces = (_aggregator_piece(settled.network, aggregator, said["aggregator"]),)
         sections = [*design.report["sections"], *settled_sections(snns, settled, data)]
         return Settled(plan, pieces, settled.figures(), {"sections": sections})
+
+
+def held_out_parts(data: DataSet, options: SnnOptions) -> dict[str, Split]:
+    """The held-out data by purpose (HELD_OUT_SHARES), disjoint, stratified, seeded."""
+    index = disjoint_parts(data.held_out.labels, HELD_OUT_SHARES, seed=options.seed)
+    return {name: data.held_out.take(places) for name, places in index.items()}
+
+
+def subset_search(
+    base: keras.Model,
+    data: DataSet,
+    parts: Mapping[str, Split],
+    options: SnnOptions,
+    progress: Progress,
+) -> SubsetSearch:
+    """What prunes the base for class sets, and shows how the results do on the threshold set."""
+    profile = _profile(base, data, parts["prune"], options)
+    inputs = data.inputs(parts["threshold"].frames)
+    features = profile.masked.evaluate(inputs, {}, stop=profile.start)
+    return SubsetSearch(Pruning(profile, options.pruning, features), options, progress)
 
 
 def _profile(base: keras.Model, data: DataSet, part: Split, options: SnnOptions) -> BaseProfile:
