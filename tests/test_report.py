@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -217,3 +219,43 @@ def test_altered_bundle_is_a_clear_error_and_keeps_its_page(tmp_path, damage, er
     assert said.stderr.startswith("error: ")
     if bundle.exists():
         assert (bundle / "report.html").read_text(encoding="utf-8") == page()
+
+
+MEASURE = """<!DOCTYPE html><body><iframe srcdoc="{page}" width="{width}" height="900"></iframe>
+<script>onload = () => {{
+  const page = document.querySelector("iframe").contentDocument;
+  const seen = element => element.getBoundingClientRect();
+  document.title = JSON.stringify({{
+    needed: page.documentElement.scrollWidth,
+    given: page.documentElement.clientWidth,
+    headings: [...page.querySelectorAll("h2")].filter(x => seen(x).height > 10).length,
+    plots: [...page.querySelectorAll("figure svg")].map(x => Math.round(seen(x).width)),
+  }});
+}}</script></body>"""
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_browser_shows_the_page_without_complaints_or_sideways_scrolling(tmp_path, width):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        reason = "chromium is not installed (apt-get install chromium)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    frame = tmp_path / "frame.html"
+    frame.write_text(MEASURE.format(page=html.escape(page()), width=width), encoding="utf-8")
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+        frame.as_uri(),
+    ]  # fmt: skip
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+
+    (title,) = re.findall("<title>({.*})</title>", done.stdout)
+    seen = json.loads(html.unescape(title))
+    assert seen["needed"] <= seen["given"] <= width
+    assert seen["headings"] == page().count("<h2>")
+    assert len(seen["plots"]) == 3
+    assert min(seen["plots"]) > 200
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
