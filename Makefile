@@ -10,7 +10,7 @@ demo: $(READY)
 
 # What this machine lacks is skipped; with CI=true it fails, and the emulated userlands run too.
 test: $(READY) lint
-	@sh .ci/system-packages mosquitto $(if $(filter true,$(CI)),g++ openssl)
+	@sh .ci/system-packages mosquitto $(if $(filter true,$(CI)),chromium g++ openssl)
 	$(BIN)/python -m pytest -m "not pi" $(ARGS)
 ifeq ($(CI),true)
 	$(MAKE) test-pi
