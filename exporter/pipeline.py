@@ -402,6 +402,7 @@ def _quantize_one(
 
 
 def runner(pieces: Sequence[ExportedPiece]) -> RunPiece:
+    """What runs the quantized pieces here, with the kernels that calibration uses."""
     by_name = {piece.name: piece for piece in pieces}
 
     def run(name: str, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
