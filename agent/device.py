@@ -7,6 +7,7 @@ them over, the alarm thread sleeps until the next deadline. Nothing polls.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import platform
@@ -95,6 +96,9 @@ def run_device(
     running = RunningDevice(bundle, device_id, address, stop=stop, read_sensor=read_sensor)
     try:
         running.start()
+        # What is loaded now stays: the collector need not walk it again while requests wait.
+        gc.collect()
+        gc.freeze()
         if on_ready is not None:
             on_ready(running.info)
         while not stop.wait(STATS_PERIOD_S):

@@ -86,6 +86,7 @@ class Fleet:
         self.processes = processes
         self.asker = asker
         self.record = record
+        self.last: object = None
         self.frames = digits()[0][-200:]
         assert processes.target.manifest is not None
         self.manifest: Manifest = processes.target.manifest
@@ -99,8 +100,8 @@ class Fleet:
     def submit(self, index: int, deadline_ms: int = DEADLINE_MS) -> Pending:
         return self.asker.submit(self.frames[index % 40], deadline_ms=deadline_ms)
 
-    def ask(self, index: int = 0) -> Decision:
-        return self.check(index, self.submit(index).result())
+    def ask(self, index: int = 0, deadline_ms: int = DEADLINE_MS) -> Decision:
+        return self.check(index, self.submit(index, deadline_ms).result())
 
     def check(self, index: int, decision: Decision) -> Decision:
         """Hold a decision against what this frame alone gives."""
@@ -113,9 +114,15 @@ class Fleet:
     def settled(self) -> bool:
         """Whether a decision has everybody in it (again)."""
         try:
-            return self.ask().missing == ()
-        except DeviceUnreachable:
-            return False
+            self.last = self.ask(deadline_ms=2000).missing
+        except DeviceUnreachable as error:
+            self.last = error.message
+        return self.last == ()
+
+    def state(self) -> str:
+        """For the message of a test that waited in vain."""
+        running = {name: self.processes.running(name) for name in (*EYES, DESK)}
+        return f"last: {self.last}, statuses: {self.record.statuses}, running: {running}"
 
     def signal(self, device: str, number: signal.Signals) -> None:
         pid = self.processes.pid(device)
@@ -151,9 +158,10 @@ def running(broker: Broker) -> Iterator[Fleet]:
 def fleet(running: Fleet) -> Iterator[Fleet]:
     """The fleet, whole before each test; each request decided at most once after it."""
     for name in (*EYES, DESK):
-        if not running.processes.running(name):
+        # A killed process may be gone from the broker before the system says that it has ended.
+        if not (running.processes.running(name) and running.record.online(name)):
             running.processes.start_device(name)
-    assert eventually(running.settled, 30.0)
+    assert eventually(running.settled, 30.0), running.state()
     yield running
     assert running.each_request_was_decided_at_most_once()
 
@@ -301,7 +309,8 @@ def test_late_part_does_not_make_a_second_decision(fleet: Fleet) -> None:
     pending = fleet.submit(0)
     fleet.check(0, pending.result())
     tell(fleet, TOPICS.device("eye-0", "res"), encode(forged(fleet, pending.request)))
-    fleet.ask(1)  # everything before it has been dealt with by now
+    later = fleet.ask(1)  # everything before it has been dealt with by now
+    assert eventually(lambda: fleet.record.decisions[-1] == later)
     requests = [decision.request for decision in fleet.record.decisions]
     assert requests.count(pending.request) == 1
 
