@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,15 +139,19 @@ def _named(name: str) -> dict[str, NDArray[Any]]:
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    hint = "write it with numpy.savez, without objects"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+        # zipfile first: numpy tries to unpickle what is no archive.
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise DataError(
-            f"{path}: not a plain .npz: {error}", "write it with numpy.savez, without objects"
-        ) from None
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: not a plain .npz: {error}", hint) from None
+    wrong = [key for key, x in arrays.items() if not isinstance(x, np.ndarray) or x.ndim == 0]
+    if wrong:
+        raise DataError(f"{path}: no arrays: {', '.join(sorted(wrong))}", hint)
+    return arrays
 
 
 def _read_folder(folder: Path, shape: Sequence[int] | None) -> dict[str, NDArray[Any]]:
@@ -255,6 +261,8 @@ def _assemble(
     if classes is not None and len(classes) < count:
         raise DataError(f"{source}: {len(classes)} class names for labels up to {count - 1}")
     labels = tuple(map(str, classes)) if classes is not None else tuple(map(str, range(count)))
+    if len(set(labels)) < len(labels):
+        raise DataError(f"{source}: two classes have the same name: {', '.join(labels)}")
     if len(labels) < 2:
         raise DataError(f"{source}: only one class: there is nothing to tell apart")
     train = splits.get("train")

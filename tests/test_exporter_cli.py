@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,46 @@ def test_data_that_does_not_belong_to_the_model_is_told_with_both_sizes(models, 
     assert code == 2
     assert "the model takes (8, 8, 3), the data's frames are (8, 8, 1)" in errors
     assert f"the model has 3 outputs, the data {CLASSES} classes" in errors
+
+
+def damaged_archive(kind: str, path: Path) -> None:
+    frames, labels = digits()
+    if kind == "objects":
+        np.savez(path, x=np.array([1, "a", None], object), y=labels)
+    elif kind == "numbers":
+        np.savez(path, x=np.float32(3), y=np.int64(3))
+    elif kind == "twins":
+        np.savez(path, x=frames, y=labels, classes=np.asarray(["same"] * CLASSES))
+    elif kind == "text":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x", "hello")
+    else:
+        np.savez(path, x=frames, y=labels)
+        whole = path.read_bytes()
+        flipped = whole[:300] + b"\xff" * 60 + whole[360:]
+        path.write_bytes({"cut": whole[:-300], "empty": b"", "flipped": flipped}[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("objects", "not a plain .npz"),
+        ("numbers", "no arrays: x, y"),
+        ("twins", "two classes have the same name"),
+        ("text", "no arrays: x"),
+        ("cut", "not a plain .npz"),
+        ("empty", "not a plain .npz"),
+        ("flipped", "not a plain .npz"),
+    ],
+)
+def test_damaged_data_file_is_told_by_name(tmp_path, kind, told):
+    path = tmp_path / "damaged.npz"
+    damaged_archive(kind, path)
+
+    said = shoal("export", str(model_file()), "--data", path, *inputs()[3:])
+
+    assert said.exit_code == 2
+    assert f"{path}: {told}" in said.stderr
 
 
 def test_fewer_than_200_different_frames_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -108,21 +109,27 @@ def test_small_networks_are_smaller_than_the_base_and_the_fleet_is_nearly_as_goo
 def test_same_inputs_give_the_same_bundle_bit_for_bit(tmp_path):
     """Whatever the hash seed, the number of workers, and whether the cache is warm."""
     first, _ = exported()
-    runs = []
-    for seed, workers, cache in (("1", "2", tmp_path / "cold"), ("2", "1", home() / "cache")):
-        out = tmp_path / seed
-        arguments = [*inputs(), "--workers", workers, "--cache", str(cache), "-o", str(out)]
-        env = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "agent", "export", *arguments]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        runs.append((process, out))
+    runs = (("1", "2", tmp_path / "cold"), ("2", "1", home() / "cache"))
 
-    for process, out in runs:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-        assert content(out) == content(first)
+    with ExitStack() as stack:
+        processes = []
+        for seed, workers, cache in runs:
+            more = ["--workers", workers, "--cache", str(cache), "-o", str(tmp_path / seed)]
+            process = subprocess.Popen(
+                [sys.executable, "-m", "agent", "export", *inputs(), *more],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            processes.append(process)
+        said = [process.communicate(timeout=160)[1].decode() for process in processes]
+
+    for process, (seed, _, _), errors in zip(processes, runs, said, strict=True):
+        assert process.returncode == 0, errors
+        assert content(tmp_path / seed) == content(first)
 
 
 def test_float_export_has_float_pieces_and_says_so(tmp_path):
