@@ -327,15 +327,6 @@ class _Client(mqtt.Client):
         return self.wire
 
 
-@dataclass(frozen=True)
-class _Arrival:
-    """A message as it came; `topic` is None where it is not UTF-8."""
-
-    topic: str | None
-    payload: bytes
-    identifiers: Sequence[int] = ()
-
-
 class _Connection:
     """One connection to the broker from TCP connect to its end. A lost one is never used again.
 
@@ -353,7 +344,8 @@ class _Connection:
     ) -> None:
         self.version = version
         self.address = address
-        self.inbox: deque[_Arrival] = deque()
+        # Topic (None where it is not UTF-8), payload, subscription identifiers.
+        self.inbox: deque[tuple[str | None, bytes, Sequence[int]]] = deque()
         self.acknowledged: deque[tuple[int, ReasonCode]] = deque()
         self.granted: deque[tuple[int, list[ReasonCode]]] = deque()
         self.accepted = False
@@ -450,10 +442,10 @@ class _Connection:
     def _on_message(self, client: Any, userdata: Any, message: mqtt.MQTTMessage) -> None:
         identifiers: Sequence[int] = getattr(message.properties, "SubscriptionIdentifier", ())
         try:
-            topic = message.topic
+            topic: str | None = message.topic
         except UnicodeDecodeError:
             topic = None
-        self.inbox.append(_Arrival(topic, bytes(message.payload), identifiers))
+        self.inbox.append((topic, bytes(message.payload), identifiers))
 
     def _on_subscribe(
         self, client: Any, userdata: Any, mid: int, reasons: list[ReasonCode], properties: Any
@@ -469,7 +461,7 @@ class _Connection:
 
     def send(self, message: Message) -> bool:
         """Queue a publication, and write it if nobody else is writing; False: no room."""
-        if not message.qos and self._send_at_once(message):
+        if not message.qos and self.send_at_once(message.topic, message.payload, message.retain):
             return True
         size = _size_bytes(message)
         with self._queue_lock:
@@ -498,23 +490,22 @@ class _Connection:
         self.flush()
         return True
 
-    def _send_at_once(self, message: Message) -> bool:
-        """Write a publication past paho, if nothing is queued before it and nobody is writing."""
-        topic = message.topic
+    def send_at_once(self, topic: str, payload: bytes, retain: bool) -> bool:
+        """Write a publication of QoS 0 past paho; False where something is queued before it."""
         if "+" in topic or "#" in topic or not self._io_lock.acquire(blocking=False):
             return False
         try:
             wire = self.client.wire
             if wire is None or not self.accepted or self._closed or self.client.want_write():
                 return False
-            sent = wire.publish(topic.encode(), message.payload, message.retain)
+            sent = wire.publish(topic.encode(), payload, retain)
             waiting = wire.unsent
         finally:
             self._io_lock.release()
         if waiting:
             with self._queue_lock:
                 self._backlog_messages += 1
-                self._backlog_bytes += _size_bytes(message)
+                self._backlog_bytes += len(topic) + len(payload)
             self.wake()
         return sent
 
@@ -628,7 +619,7 @@ class _Connection:
     ) -> None:
         wire = self.client.wire
         assert wire is not None
-        writing = False
+        writing = left_over = False
         misc_due_s = 0.0
         answer_by_s = time.monotonic() + ANSWER_TIMEOUT_S
         while self.client.socket() is not None and (now_s := time.monotonic()) < self._leave_by_s:
@@ -645,9 +636,8 @@ class _Connection:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
                 selector.modify(sock, events)
             timeout_s = 1.0 if self.accepted else ANSWER_TIMEOUT_S / 8
-            left_over = wire.packet() > 0  # from the last burst; until they are dealt with, no more
             if left_over:
-                timeout_s = 0.0
+                timeout_s = 0.0  # and nothing more is received before that is dealt with
             for key, mask in selector.select(timeout_s):
                 if key.fileobj is self._wake_reader:
                     with suppress(BlockingIOError):
@@ -655,7 +645,7 @@ class _Connection:
                 elif mask & selectors.EVENT_READ and not left_over:
                     with self._io_lock:
                         wire.receive()
-            self._read(wire)
+            left_over = self._read(wire)
             service(self)
             if self._wants_to_write() or now_s >= misc_due_s:
                 misc_due_s = now_s + MISC_PERIOD_S
@@ -664,19 +654,20 @@ class _Connection:
                         self._write()
                     self.client.loop_misc()
 
-    def _read(self, wire: Wire) -> None:
-        """Sort what was received into what service() looks at, at most a burst of it."""
+    def _read(self, wire: Wire) -> bool:
+        """Sort a burst of what was received for service() to look at; True: there may be more."""
         for _ in range(READ_BURST_PACKETS):
-            size = wire.packet()
-            published = wire.publication(size) if size else None
+            published = wire.take()
             if published is not None:
-                self.inbox.append(_arrival(*published))
-            elif size or wire.ended:
-                wire.grant(size)
-                with self._io_lock:
-                    self.client.loop_read()
-            if not size or self.client.socket() is None:
-                return
+                self.inbox.append((*published, ()))
+                continue
+            if not wire.granted and not wire.ended:
+                return False
+            with self._io_lock:
+                self.client.loop_read()
+            if self.client.socket() is None:
+                return False
+        return True
 
     def close(self) -> list[Message]:
         """Free the sockets; returns the QoS > 0 publications that the broker never acknowledged."""
@@ -690,13 +681,6 @@ class _Connection:
             self._wake_writer.close()
         self.acknowledge()
         return list(self.unacknowledged.values())
-
-
-def _arrival(topic: bytes, payload: bytes) -> _Arrival:
-    try:
-        return _Arrival(topic.decode(), payload)
-    except UnicodeDecodeError:
-        return _Arrival(None, payload)
 
 
 def _size_bytes(message: Message) -> int:
@@ -873,7 +857,12 @@ class Link:
             False, and counts it as dropped, when there is no connection or the queue to the broker
             is full (OUT_QUEUE_MESSAGES or OUT_QUEUE_BYTES): the caller decides what that means.
         """
-        return self._send(self._announced, Message(topic, payload, qos, retain))
+        connection = self._announced
+        if connection is not None and not qos and connection.send_at_once(topic, payload, retain):
+            with self._lock:
+                self._sent += 1
+            return True
+        return self._send(connection, Message(topic, payload, qos, retain))
 
     def start(self, timeout_s: float) -> None:
         """Connect; returns once the broker has answered every subscription and taken the births.
@@ -1039,7 +1028,7 @@ class Link:
                 return
             self._announce(connection)
         while connection.inbox:
-            self._dispatch(connection.inbox.popleft())
+            self._dispatch(*connection.inbox.popleft())
         while connection.granted:
             self._settle(*connection.granted.popleft())
         if connection.acknowledged:
@@ -1067,10 +1056,10 @@ class Link:
             # Comes back to us after the retained claim, or instead of one that the broker forgot.
             connection.send(Message(self._claim_topic, self._claim))
         while connection.inbox:
-            message = connection.inbox.popleft()
-            if message.topic != self._claim_topic or not message.payload:
+            topic, payload, _ = connection.inbox.popleft()
+            if topic != self._claim_topic or not payload:
                 continue
-            if message.payload == self._claim:
+            if payload == self._claim:
                 connection.claim_checked = True
                 return True
             connection.end = _taken_over("its claim is at " + self._claim_topic)
@@ -1118,17 +1107,16 @@ class Link:
                 )
             )
 
-    def _dispatch(self, message: _Arrival) -> None:
-        topic = message.topic
+    def _dispatch(self, topic: str | None, payload: bytes, identifiers: Sequence[int]) -> None:
         if topic is None:
             self._handler_errors += 1
             text = "a message came on a topic that is not UTF-8"
             self._fault(Fault(FaultKind.HANDLER_FAILED, text))
             return
-        for entry in self._routes.find(topic, message.identifiers):
+        for entry in self._routes.find(topic, identifiers):
             self._received += 1
             try:
-                entry.handler(topic, message.payload)
+                entry.handler(topic, payload)
             except Exception as error:
                 self._handler_errors += 1
                 _log.exception("%s: the handler of %s failed", self, entry.topic_filter)

@@ -12,6 +12,7 @@ Packets: MQTT 5.0 and 3.1.1, sections 2.1 and 3.3.
 from __future__ import annotations
 
 import ssl
+from contextlib import suppress
 from typing import Any
 
 RECEIVE_BYTES = 65_536
@@ -32,13 +33,14 @@ class Wire:
 
     Attributes:
         ended: The peer has closed the connection, or it broke.
+        granted: How many of the bytes received are the client's to read now.
     """
 
     def __init__(self, sock: Any, *, v5: bool) -> None:
         self._sock = sock
         self._v5 = v5
         self._received = bytearray()
-        self._granted = 0
+        self.granted = 0
         self._unsent = b""
         self._torn = False
         self.ended = False
@@ -50,14 +52,14 @@ class Wire:
 
     def recv(self, size: int) -> bytes:
         """Bytes of the packet that was granted; b"" at the end of the connection."""
-        if self._granted == 0:
+        if self.granted == 0:
             if self.ended:
                 return b""
             raise BlockingIOError
-        size = min(size, self._granted)
+        size = min(size, self.granted)
         data = bytes(self._received[:size])
         del self._received[:size]
-        self._granted -= size
+        self.granted -= size
         return data
 
     def send(self, data: bytes | bytearray) -> int:
@@ -83,54 +85,51 @@ class Wire:
         else:
             self.ended = True
 
-    def packet(self) -> int:
-        """Size of the packet that comes next if it is there as a whole, else 0."""
-        received = self._received
-        length = shift = 0
-        for position in range(1, min(5, len(received))):
-            byte = received[position]
-            length |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                size = position + 1 + length
-                return size if size <= len(received) else 0
-        # Five bytes that say no length are no MQTT: the client is to see and say that.
-        return len(received) if len(received) >= 5 else 0
-
-    def publication(self, size: int) -> tuple[bytes, bytes] | None:
-        """Take the next packet, of this size, if it is a publication of QoS 0 without properties.
+    def take(self) -> tuple[str, bytes] | None:
+        """Take the next packet if it is a publication of QoS 0 without properties.
 
         Returns:
-            Topic and payload; None where the packet is for the client.
+            Topic and payload. None where no packet is there as a whole, and where the next is for
+            the client: then it is `granted` to it.
         """
         received = self._received
-        if received[0] & ~_RETAIN != _PUBLISH:
+        if len(received) < 2:
             return None
-        begin = 2
-        while received[begin - 1] & 0x80:
-            begin += 1
-            if begin > 5:
-                return None
-        if begin + 2 > size:
+        length, begin = received[1], 2
+        if length & 0x80:
+            length, begin = self._length()
+        size = begin + length
+        if begin == 0 or size > len(received):
             return None
-        end = begin + 2 + (received[begin] << 8 | received[begin + 1])
-        if self._v5:
-            if end >= size or received[end] != 0:
-                return None
-            payload = bytes(received[end + 1 : size])
-        elif end > size:
-            return None
-        else:
-            payload = bytes(received[end:size])
-        topic = bytes(received[begin + 2 : end])
-        if not topic:
-            return None
-        del received[:size]
-        return topic, payload
+        if received[0] & ~_RETAIN == _PUBLISH and length > 2:
+            begin += 2
+            end = begin + (received[begin - 2] << 8 | received[begin - 1])
+            data = end
+            if self._v5:
+                data += 1
+                plain = begin < end < size and received[end] == 0
+            else:
+                plain = begin < end <= size
+            if plain:
+                with suppress(UnicodeDecodeError):
+                    topic = received[begin:end].decode()
+                    payload = bytes(received[data:size])
+                    del received[:size]
+                    return topic, payload
+        self.granted = size
+        return None
 
-    def grant(self, size: int) -> None:
-        """Let the client read the next packet."""
-        self._granted = size
+    def _length(self) -> tuple[int, int]:
+        """The remaining length of a packet, and where it ends; (0, 0) where it is not there yet.
+
+        Five bytes that say no length are no MQTT: all is the client's then, to see and say that.
+        """
+        length = 0
+        for position, byte in enumerate(self._received[1:5]):
+            length |= (byte & 0x7F) << 7 * position
+            if byte < 0x80:
+                return length, position + 2
+        return (0, 0) if len(self._received) < 5 else (0, len(self._received))
 
     # Writing past it.
 
