@@ -95,7 +95,8 @@ class Asker:
         address: The broker.
 
     Attributes:
-        surplus: Decisions that came for a request which had one already.
+        surplus: Requests that were decided a second time, and otherwise than the first. (The same
+            decision may come again: QoS 1 sends what a broken connection left unacknowledged.)
     """
 
     def __init__(self, manifest: Manifest, fleet: Fleet, address: BrokerAddress) -> None:
@@ -109,7 +110,7 @@ class Asker:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._pending: OrderedDict[str, Pending] = OrderedDict()
-        self._decided: OrderedDict[str, None] = OrderedDict()
+        self._decided: OrderedDict[str, bytes] = OrderedDict()
         self._statuses: dict[str, Status] = {}
         self._failure: Fault | None = None
         client_id = f"ask-{os.getpid()}-{self._boot:08x}"
@@ -253,9 +254,9 @@ class Asker:
         with self._lock:
             pending = self._pending.pop(decision.request, None)
             if pending is None:
-                self.surplus += decision.request in self._decided
+                self.surplus += self._decided.get(decision.request, payload) != payload
                 return
-            self._decided[decision.request] = None
+            self._decided[decision.request] = payload
             if len(self._decided) > REMEMBERED_REQUESTS:
                 self._decided.popitem(last=False)
         pending.settle(decision)

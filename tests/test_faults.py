@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,9 +130,10 @@ class Fleet:
             # One thread takes the signal and then stops the others, which run on until it does.
             assert eventually(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
 
-    def each_request_was_decided_at_most_once(self) -> bool:
-        counts = Counter(decision.request for decision in self.record.decisions)
-        return self.asker.surplus == 0 and set(counts.values()) <= {1}
+    def decided_twice(self) -> list[Decision]:
+        """Decisions on a request that had another; QoS 1 may deliver the same one again."""
+        first: dict[str, Decision] = {}
+        return [d for d in self.record.decisions if first.setdefault(d.request, d) != d]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,8 @@ def fleet(running: Fleet) -> Iterator[Fleet]:
             running.processes.start_device(name)
     assert eventually(running.settled, 30.0), running.state()
     yield running
-    assert running.each_request_was_decided_at_most_once()
+    assert running.decided_twice() == []
+    assert running.asker.surplus == 0
 
 
 def test_killed_agent_is_missing_and_the_fleet_decides_without_it(fleet: Fleet) -> None:
