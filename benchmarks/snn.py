@@ -110,7 +110,7 @@ def _resnet56() -> tuple[Any, DataSet]:
 
 SMALL_IMAGES = DistillOptions(epochs=3, crop_pixels=2, flip=True)
 BASE_NETWORKS = {
-    "vgg16_cifar10": Base(_committed("vgg16_cifar10", 5_000), SMALL_IMAGES, 15_000),
+    "vgg16_cifar10": Base(_committed("vgg16_cifar10", 5_000), SMALL_IMAGES, 15_000, candidates=1),
     "resnet56_cifar10": Base(_resnet56, SMALL_IMAGES, 12_000, candidates=1),
     "lenet_mnist": Base(
         _committed("lenet_mnist", 5_000), DistillOptions(epochs=3, crop_pixels=1), 20_000
