@@ -5,14 +5,16 @@ Mappings are keyed by position in the node's `listens_to`; who is absent has no 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.protocol.errors import ScoreError
 from agent.protocol.messages import Answer
-from agent.protocol.plan import Fusion
-from agent.protocol.scores import entropy_features, most_trusted
+from agent.protocol.plan import ANSWER_FUSIONS, Fusion
+from agent.protocol.scores import entropy_features
 
 
 def mlp_input(answers: Mapping[int, Answer], nodes: int) -> NDArray[np.float32]:
@@ -26,7 +28,9 @@ def mlp_input(answers: Mapping[int, Answer], nodes: int) -> NDArray[np.float32]:
 def believed(
     fusion: Fusion, answers: Mapping[int, Answer], trust: NDArray[np.float32] | None = None
 ) -> int:
-    """The position whose answer is believed, by `agent.protocol.scores.most_trusted`.
+    """The position whose answer is believed: `agent.protocol.scores.most_trusted` of one input.
+
+    The same result without numpy, whose cost per call is ten times that of comparing ten answers.
 
     Args:
         fusion: `min_entropy`, `max_confidence` or `entropy_mlp`.
@@ -36,16 +40,28 @@ def believed(
     Raises:
         ScoreError: not a fusion of answers, or no answer.
     """
+    if not answers or fusion not in ANSWER_FUSIONS:
+        raise ScoreError(f"{fusion.value} cannot fuse {len(answers)} answers")
+    if fusion is Fusion.ENTROPY_MLP and trust is None:
+        raise ScoreError(f"{fusion.value} needs the outputs of its network")
     positions = sorted(answers)
     rows = [answers[position] for position in positions]
-    column = most_trusted(
-        fusion,
-        [[answer.entropy for answer in rows]],
-        [[answer.confidence for answer in rows]],
-        [[answer.known for answer in rows]],
-        None if trust is None else trust[np.newaxis, positions],
-    )
-    return positions[int(column[0])]
+    # What the wire carries is float32 already; anybody else's numbers are compared as that too.
+    eta = array("f", [row.entropy for row in rows]).tolist()
+    doubt = array("f", [-row.confidence for row in rows]).tolist()
+    keys: list[tuple[bool | float, ...]]
+    if fusion is Fusion.MIN_ENTROPY:
+        keys = [(not row.known, e, d) for row, e, d in zip(rows, eta, doubt, strict=True)]
+    elif fusion is Fusion.MAX_CONFIDENCE:
+        keys = [(not row.known, d, e) for row, e, d in zip(rows, eta, doubt, strict=True)]
+    else:
+        assert trust is not None
+        distrust = [-t for t in trust[positions].tolist()]
+        keys = [
+            (not row.known, x if row.known else 0.0, e, d)
+            for row, x, e, d in zip(rows, distrust, eta, doubt, strict=True)
+        ]
+    return positions[keys.index(min(keys))]
 
 
 def fuse_tensors(

@@ -39,7 +39,7 @@ from agent.protocol.messages import (
     TensorPart,
 )
 from agent.protocol.plan import ANSWER_FUSIONS, Fusion, Node, Output, Strategy
-from agent.protocol.quantization import dequantize
+from agent.protocol.quantization import dequantize, row_dequantizer
 from agent.protocol.scores import RowReader, normalized_entropy, softmax
 
 KEPT_REQUESTS = 64
@@ -199,6 +199,7 @@ class Engine:
         self._roster.status(device, Status.ONLINE)
         self._remembered: OrderedDict[int, None] = OrderedDict()
         self._entries = {entry.name: entry for entry in manifest.pieces}
+        self._reals = {entry.name: row_dequantizer(entry.output) for entry in manifest.pieces}
         self._local = [
             _place(manifest, i, device, self._roster, max_open)
             for i in range(len(manifest.plan.strategies))
@@ -335,17 +336,17 @@ class Engine:
             inference_us: Time it ran, microseconds.
         """
         local = run.node
-        entry = self._entries[run.piece]
-        real = dequantize(stored, entry.output)
+        output = self._entries[run.piece].output
         if local.node.fusion is Fusion.ENTROPY_MLP and run.collection is not None:
-            return self._finish_answers(local, run.collection, run.since_s, real.reshape(-1))
+            trust = dequantize(stored, output).reshape(-1)
+            return self._finish_answers(local, run.collection, run.since_s, trust)
         timing = (min(queue_us, MAX_US), min(inference_us, MAX_US))
         header = self._header(local, run.request)
         parts: dict[MessageKind, Answer | TensorPart] = {}
         verdict: _Verdict | None = None
         try:
             if local.rule is not None:
-                told = local.rule.read(real.reshape(-1).tolist())
+                told = local.rule.read(self._reals[run.piece](stored))
                 parts[MessageKind.ANSWER] = Answer(
                     header,
                     told.class_index,
@@ -356,10 +357,11 @@ class Engine:
                 )
                 verdict = _Verdict(told.class_index, told.known, told.entropy)
             elif local.exit_threshold is not None:
-                verdict = _verdict(real)
+                verdict = _verdict(dequantize(stored, output))
         except ScoreError:
             return self.failed(run)
         if MessageKind.SCORES in local.outputs:
+            real = dequantize(stored, output)
             parts[MessageKind.SCORES] = TensorPart(MessageKind.SCORES, header, real, *timing)
         if MessageKind.FEATURES in local.outputs:
             parts[MessageKind.FEATURES] = TensorPart(MessageKind.FEATURES, header, stored, *timing)

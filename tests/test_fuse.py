@@ -12,6 +12,7 @@ from agent.fuse import believed, fuse_tensors, fused_shape, mlp_input
 from agent.protocol.errors import ScoreError
 from agent.protocol.messages import Answer, Header
 from agent.protocol.plan import Fusion
+from agent.protocol.scores import most_trusted
 
 HEADER = Header(1, 2, 3, 0, 0)
 
@@ -137,3 +138,30 @@ def test_nothing_cannot_be_fused() -> None:
 def test_fusion_of_answers_takes_no_tensors() -> None:
     with pytest.raises(ValueError, match="answers"):
         fuse_tensors(Fusion.MIN_ENTROPY, ROWS, SHAPES)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 0.1, 0.25, 0.5]),
+            st.sampled_from([0.25, 0.3, 1.0]),
+            st.booleans(),
+            st.sampled_from([-1.5, 0.0, 0.1, 2.0]),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    fusion=st.sampled_from([Fusion.MIN_ENTROPY, Fusion.MAX_CONFIDENCE, Fusion.ENTROPY_MLP]),
+)
+def test_device_believes_whom_the_exporter_calibrated_for(
+    rows: list[tuple[float, float, bool, float]], fusion: Fusion
+) -> None:
+    entropies = [entropy if known else 1.0 for entropy, _, known, _ in rows]
+    confidences, trust = [row[1] for row in rows], [row[3] for row in rows]
+    answers = {
+        i: Answer(HEADER, 0, known, entropies[i], confidence, 0, 0)
+        for i, (_, confidence, known, _) in enumerate(rows)
+    }
+    known = [row[2] for row in rows]
+    column = most_trusted(fusion, [entropies], [confidences], [known], [trust])
+    assert believed(fusion, answers, f4(*trust)) == column[0]

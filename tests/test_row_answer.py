@@ -8,7 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from agent.protocol.errors import ScoreError
+from agent.protocol.manifest import TensorSpec
 from agent.protocol.plan import AnswerRule
+from agent.protocol.quantization import dequantize, row_dequantizer
 from agent.protocol.scores import (
     RowReader,
     answer,
@@ -56,3 +58,18 @@ def test_certain_and_tied_rows() -> None:
 def test_what_are_no_logits_is_refused(logits: list[float]) -> None:
     with pytest.raises(ScoreError):
         RowReader(RULES[0]).read(logits)
+
+
+@pytest.mark.parametrize("zero_point", [-128, -3, 127])
+def test_one_small_output_is_dequantized_as_any(zero_point: int) -> None:
+    spec = TensorSpec(
+        name="x", shape=(1, 16, 16), dtype="int8", scale=0.0371, zero_point=zero_point
+    )
+    stored = np.arange(-128, 128, dtype=np.int8).reshape(16, 16)
+    assert row_dequantizer(spec)(stored) == dequantize(stored, spec).reshape(-1).tolist()
+
+
+def test_one_small_float_output_stays_as_it_is() -> None:
+    spec = TensorSpec(name="x", shape=(1, 3), dtype="float32")
+    stored = np.array([0.1, -2.5, 3e9], np.float32)
+    assert row_dequantizer(spec)(stored) == stored.tolist()

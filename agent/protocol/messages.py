@@ -416,10 +416,13 @@ TextMessage = Decision | DeviceInfo | DeviceStats
 T = TypeVar("T", Decision, DeviceInfo, DeviceStats)
 
 
+_CANONICAL = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+
 def encode_text(message: TextMessage) -> bytes:
     """Canonical JSON of a message with its CRC-32 as the last key."""
     fields = message.model_dump(mode="json")
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+    text = _CANONICAL.encode(fields)
     return f'{text[:-1]},"crc":"{zlib.crc32(text.encode()):08x}"}}'.encode()
 
 

@@ -6,6 +6,8 @@ default QUANTIZE kernel (XNNPACK) does: stored = clip(rint(real / scale) + zero_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,3 +62,13 @@ def dequantize(stored: NDArray[np.generic], spec: TensorSpec) -> NDArray[np.floa
     steps = np.asarray(stored, np.float32) - np.float32(spec.zero_point)
     real: NDArray[np.float32] = steps * np.float32(spec.scale)
     return real
+
+
+def row_dequantizer(spec: TensorSpec) -> Callable[[NDArray[np.generic]], list[float]]:
+    """`dequantize` for small outputs one at a time: a flat list, looked up instead of reckoned."""
+    if spec.dtype == "float32":
+        return lambda stored: stored.reshape(-1).tolist()
+    # From 0 to 127, then from -128 to -1: a negative index counts from the end.
+    levels = np.concatenate([np.arange(INT8_MAX + 1), np.arange(INT8_MIN, 0)]).astype(np.int8)
+    table: list[float] = dequantize(levels, spec).tolist()
+    return lambda stored: [table[level] for level in stored.reshape(-1).tolist()]
