@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from agent.ask import Asker
@@ -54,11 +55,14 @@ def measure(requests: int) -> dict[str, Any]:
             "decision": len(encode_text(decision)),
         }
         port = target.broker.port
-        bare = stack.enter_context(_bare_fleet(port, sizes))
+        bare, bare_processes = stack.enter_context(_bare_fleet(port, sizes))
         for i in range(WARM_UP):
             asker.ask(pool[i])
             bare.ask()
+        agents = [fleet.pid(device.id) for device in fleet.devices]
+        cpu = _CpuTime(agents, [process.pid for process in bare_processes])
         shoal_ms, bare_ms, inference_ms, decisions = _alternate(asker, bare, pool, requests)
+        shoal_cpu_s, bare_cpu_s = cpu.spent_s()
     assert all(len(d.contributors) == DEVICES for d in decisions), "a device was missing"
     net_ms = shoal_ms - inference_ms
     blocks = np.median(net_ms.reshape(-1, BLOCK), axis=1) / np.median(
@@ -82,6 +86,10 @@ def measure(requests: int) -> dict[str, Any]:
             "block_median": round(float(np.median(blocks)), 3),
             "block_p10": round(float(np.percentile(blocks, 10)), 3),
             "block_p90": round(float(np.percentile(blocks, 90)), 3),
+        },
+        "cpu_ms_a_decision": {
+            "shoal": round(shoal_cpu_s * 1e3 / len(net_ms), 3),
+            "bare": round(bare_cpu_s * 1e3 / len(net_ms), 3),
         },
         "circumstances": circumstances("paho-mqtt", "numpy", "ai-edge-litert", "pydantic"),
     }
@@ -107,8 +115,26 @@ def _alternate(
     return np.array(shoal_ms), np.array(bare_ms), inference_ms, decisions
 
 
+class _CpuTime:
+    """Processor time that two groups of processes spend, user and system."""
+
+    def __init__(self, *groups: list[int]) -> None:
+        self._groups = [[psutil.Process(pid) for pid in pids] for pids in groups]
+        self._begin_s = self._now_s()
+
+    def spent_s(self) -> list[float]:
+        """Of each group since this was made."""
+        return [now - before for now, before in zip(self._now_s(), self._begin_s, strict=True)]
+
+    def _now_s(self) -> list[float]:
+        times = [[process.cpu_times() for process in group] for group in self._groups]
+        return [sum(t.user + t.system for t in group) for group in times]
+
+
 @contextmanager
-def _bare_fleet(port: int, sizes: dict[str, int]) -> Iterator[Requester]:
+def _bare_fleet(
+    port: int, sizes: dict[str, int]
+) -> Iterator[tuple[Requester, list[subprocess.Popen[bytes]]]]:
     """Ten responders and a collector, each a process."""
     roles = [("responder", i, sizes["answer"]) for i in range(DEVICES)]
     roles.append(("collector", DEVICES, sizes["decision"]))
@@ -128,7 +154,7 @@ def _bare_fleet(port: int, sizes: dict[str, int]) -> Iterator[Requester]:
             if process.stdout.readline() != b"ready\n":
                 raise RuntimeError("a process of the bare fan-in did not start")
         requester = Requester(port, sizes["request"])
-        yield requester
+        yield requester, processes
         requester.stop()
     finally:
         for process in processes:
@@ -142,6 +168,7 @@ def _percentiles(values: NDArray[np.float64]) -> dict[str, float]:
 def rows(result: dict[str, Any]) -> list[Row]:
     """The lines of the table."""
     net, bare, ratio = result["shoal_net_ms"], result["bare_ms"], result["ratio"]
+    cpu = result["cpu_ms_a_decision"]
     return [
         Row(
             f"trigger to decision, {result['devices']} agents on loopback, less the slowest "
@@ -157,6 +184,13 @@ def rows(result: dict[str, Any]) -> list[Row]:
             "-",
             f"{net['p90']:.2f} / {net['p99']:.2f} ms against "
             f"{bare['p90']:.2f} / {bare['p99']:.2f} ms",
+            None,
+        ),
+        Row(
+            "the same, processor time of the agents / of the bare responders and collector",
+            "-",
+            f"{cpu['shoal'] / cpu['bare']:.2f} ({cpu['shoal']:.2f} ms against {cpu['bare']:.2f} "
+            "ms a decision, inferences included)",
             None,
         ),
         Row(
