@@ -39,7 +39,9 @@ def test_distilled_network_has_a_rest_row_and_recovers_accuracy(base, profile):
     pruned = prune(profile, (1, 4, 6), options=PruneOptions(target_ratio=0.2))
     small = build(base, pruned)
 
-    found = distill(base, small, pruned, X[TRAINED], options=DistillOptions(epochs=4, batch=50))
+    found = distill(
+        base, small, pruned, X[TRAINED], options=DistillOptions(epochs=4, batch=50, rate=1e-3)
+    )
 
     assert found.rows == (1, 4, 6, "rest")
     assert found.model.output_shape == (None, 4)
@@ -62,7 +64,7 @@ def test_rest_row_starts_as_the_log_sum_of_foreign_rows(base, profile):
 
 def test_one_class_alone_can_be_distilled(base, profile):
     pruned = prune(profile, (9,), options=PruneOptions(target_ratio=0.4))
-    options = DistillOptions(epochs=2, batch=50)
+    options = DistillOptions(epochs=2, batch=50, rate=1e-3)
 
     found = distill(base, build(base, pruned), pruned, X[TRAINED], options=options)
 

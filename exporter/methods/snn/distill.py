@@ -3,7 +3,8 @@
 The loss is KL(p || q) between the base's and the small network's distribution over outcomes: each
 own class, and the rest as one. With a rest row the small network has |S| + 1 logits, the last one
 standing for the log-sum of the base's foreign ones; it starts as the linear row that fits that
-log-sum best in least squares on the calibration inputs, and is trained with the others.
+log-sum best in least squares on the calibration inputs, and is trained with the others. Batch norm
+keeps its statistics and dropout is off: in so few steps moving averages would not settle.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class DistillOptions:
     Attributes:
         epochs: Passes over the inputs, at most 5: this is a touch-up, not training.
         batch: Inputs a step.
-        rate: Peak learning rate of Adam; rises linearly, then falls as a cosine to 0.
+        rate: Peak learning rate of Adam; rises linearly, then falls as a cosine to 0. The default
+            suits a compensated network, a more damaged one bears 1e-3.
         own_weight: Share of the loss on inputs that the base takes for an own class; None = each
             input counts the same.
         rest_row: The network ends in own classes and one row for the rest; else rows stay.
@@ -50,7 +52,7 @@ class DistillOptions:
 
     epochs: int = 3
     batch: int = 128
-    rate: float = 1e-3
+    rate: float = 1e-4
     own_weight: float | None = None
     rest_row: bool = True
     crop_pixels: int = 0
@@ -249,7 +251,7 @@ class _Course:
         def step(x: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
             target = log_outcomes(feed(teacher, x, training=False), taught)
             with tf.GradientTape() as tape:
-                log_q = log_outcomes(feed(student, x, training=True), learnt)
+                log_q = log_outcomes(feed(student, x, training=False), learnt)
                 divergence = tf.reduce_sum(tf.exp(target) * (target - log_q), 1)
                 loss = tf.reduce_mean(weights * divergence)
             optimizer.apply(tape.gradient(loss, variables), variables)
