@@ -23,6 +23,7 @@ from agent.protocol.messages import (
     Status,
     decode_text,
     encode,
+    prepare_decisions,
 )
 from agent.protocol.topics import Topics
 
@@ -114,6 +115,7 @@ class Asker:
         self._statuses: dict[str, Status] = {}
         self._failure: Fault | None = None
         client_id = f"ask-{os.getpid()}-{self._boot:08x}"
+        prepare_decisions()
         self._link = Link(address, client_id, on_fault=self._on_fault)
         self._link.subscribe(self._topics.decision, self._on_decision)
         for device in {s.aggregator.device for s in manifest.plan.strategies}:

@@ -42,6 +42,7 @@ from agent.protocol.messages import (
     decode_text,
     encode,
     encode_text,
+    prepare_decisions,
 )
 from agent.protocol.plan import FRAME
 from agent.protocol.topics import Topics
@@ -143,6 +144,8 @@ class RunningDevice:
                 f"devices that have: {', '.join(busy)}",
             )
         self._pieces = _load(Path(bundle), manifest, device)
+        if self._engine.decides:
+            prepare_decisions()
         self._inline = {n for n, piece in self._pieces.items() if piece.warm_up() <= INLINE_S}
         self._piece_locks = {name: threading.Lock() for name in self._pieces}
         self.info = _describe(manifest, device, self._engine, self._pieces)

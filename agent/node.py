@@ -167,6 +167,7 @@ class Engine:
         watched: Devices whose status and info must be told to this engine.
         heard: Devices whose parts must be told, with the kinds.
         escalations: Whether escalations must be told.
+        decides: Whether one of its nodes may decide.
         earliest_share: The share of a request's time after which `tick` is first due; None if
             nothing is ever waited for here.
         rejected: How many messages were turned away, by reason.
@@ -218,6 +219,7 @@ class Engine:
         self.nodes = tuple(dict.fromkeys(local.node.name for local in self._all()))
         self.heard = {name: frozenset(kinds) for name, kinds in heard.items() if name != device}
         self.escalations = bool(asking)
+        self.decides = any(local.exit_threshold is not None for local in self._all())
         shares = [x.deadline_share for x in self._all() if x.gather is not None]
         self.earliest_share = min(shares, default=None)
         self.watched = frozenset((heard.keys() | asking) - {device})
