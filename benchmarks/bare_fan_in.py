@@ -32,12 +32,15 @@ def client(port: int, name: str, topic: str, on_message: Callable[[bytes], None]
     made = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=name, protocol=mqtt.MQTTv5)
     subscribed = threading.Event()
 
-    def on_open(_client: Any, _data: Any, sock: socket.socket) -> None:
+    def on_open(_client: Any, _data: Any, sock: Any) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def on_connect(*_: Any) -> None:
+        made.subscribe(topic, 0)
+
     made.on_socket_open = on_open
-    made.on_message = lambda _client, _data, message: on_message(message.payload)
-    made.on_connect = lambda *_: made.subscribe(topic, 0)
+    made.on_message = lambda _client, _data, message: on_message(bytes(message.payload))
+    made.on_connect = on_connect
     made.on_subscribe = lambda *_: subscribed.set()
     made.connect("127.0.0.1", port)
     made.loop_start()
