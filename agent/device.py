@@ -95,11 +95,11 @@ def run_device(
             client id.
     """
     running = RunningDevice(bundle, device_id, address, stop=stop, read_sensor=read_sensor)
+    # What is loaded now stays: the collector need not walk it again while requests wait.
+    gc.collect()
+    gc.freeze()
     try:
         running.start()
-        # What is loaded now stays: the collector need not walk it again while requests wait.
-        gc.collect()
-        gc.freeze()
         if on_ready is not None:
             on_ready(running.info)
         while not stop.wait(STATS_PERIOD_S):
