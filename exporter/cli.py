@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -70,6 +71,13 @@ def _inputs(command: F) -> F:
             show_default=True,
             type=click.Choice(["auto", "rest", "own"]),
             help="Entropy over a piece's own classes and the rest, or (as the paper) own alone.",
+        ),
+        click.option(
+            "--candidates",
+            default=5,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="Partitions of the classes that are pruned and evaluated for real.",
         ),
         click.option(
             "--workers",
@@ -254,7 +262,7 @@ def report(bundle: Path, as_json: bool) -> None:
 def _options(chosen: dict[str, Any]) -> Any:
     from exporter.methods.snn.compensate import CompensateOptions
     from exporter.methods.snn.distill import DistillOptions
-    from exporter.methods.snn.options import SnnOptions
+    from exporter.methods.snn.options import QUICK_SEARCH, SnnOptions
     from exporter.methods.snn.prune import Criterion
 
     epochs = chosen["distill"]
@@ -266,6 +274,12 @@ def _options(chosen: dict[str, Any]) -> Any:
         compensate=CompensateOptions(seed=chosen["seed"]) if chosen["compensate"] else None,
         distill=DistillOptions(epochs=epochs, seed=chosen["seed"]) if epochs else None,
         outcomes=chosen["outcomes"],
+        partition=replace(
+            QUICK_SEARCH,
+            evaluated_at_least=1,
+            evaluated_at_most=chosen["candidates"],
+            seed=chosen["seed"],
+        ),
         workers=chosen["workers"],
         dask_scheduler=chosen["dask"],
         cache=chosen["cache"],

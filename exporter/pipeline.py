@@ -245,12 +245,12 @@ def _check_enough(data: DataSet) -> None:
         )
 
 
-def _distinct(samples: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    """The first MINIMUM_SAMPLES that differ, fewer where there are no more."""
+def _distinct(samples: Iterable[NDArray[Any]], count: int = MINIMUM_SAMPLES) -> NDArray[Any]:
+    """The first `count` that differ, fewer where there are no more."""
     found: dict[bytes, NDArray[Any]] = {}
     for sample in samples:
         found.setdefault(sample.tobytes(), sample)
-        if len(found) == MINIMUM_SAMPLES:
+        if len(found) == count:
             break
     return np.stack(list(found.values()))
 
@@ -323,7 +323,8 @@ def quantize(
         progress("quantize", done, len(pieces))
         device = fleet.device(piece.device)
         try:
-            samples = verification_samples(piece, data)
+            count = DRIFT_SAMPLES if allow_drift else MINIMUM_SAMPLES
+            samples = verification_samples(piece, data, count)
             exported.append(_quantize_one(piece, samples, device, dtype, allow_drift))
         except ShoalError as error:
             lines = error.message.splitlines()
@@ -339,14 +340,18 @@ def quantize(
     return exported
 
 
+DRIFT_SAMPLES = 1_000
+"""Verified where drift is allowed: shares of argmax agreement need more than 200 samples."""
 _DRIFT_HINT = (
     "--allow-drift accepts a piece that differs by rounding, if it is as near to the float model "
     "as the reference kernels are"
 )
 
 
-def verification_samples(piece: TrainedPiece, data: DataSet) -> NDArray[np.float32]:
-    """MINIMUM_SAMPLES different inputs of a piece, (N, ...) float32.
+def verification_samples(
+    piece: TrainedPiece, data: DataSet, count: int = MINIMUM_SAMPLES
+) -> NDArray[np.float32]:
+    """MINIMUM_SAMPLES to `count` different inputs of a piece, (N, ...) float32.
 
     Its calibration inputs come first. A piece that takes frames is then given more held-out and
     training frames; another piece mixtures of two of its calibration inputs each, seeded.
@@ -357,7 +362,7 @@ def verification_samples(piece: TrainedPiece, data: DataSet) -> NDArray[np.float
     known = piece.calibration
     if piece.model.input_shape[1:] == data.frame.shape:
         more = chain(data.held_out.frames, data.train.frames)
-        return _distinct(chain(known, map(data.inputs, more)))
+        return _distinct(chain(known, map(data.inputs, more)), count)
     rng = np.random.default_rng(0)
     first, second = rng.integers(0, len(known), (2, 20 * MINIMUM_SAMPLES))
     share = rng.random((len(first), *[1] * (known.ndim - 1)), np.float32)

@@ -115,6 +115,16 @@ class SubsetSearch:
             self.done.update(zip(missing, results, strict=True))
         return [self.done[subset] for subset in subsets]
 
+    def rough(self) -> SubsetSearch:
+        """The same with larger steps and without second thoughts: a third of the work.
+
+        What it finds keeps as many parameters, with a little more damage: enough for estimates.
+        """
+        options = replace(
+            self.work.options, refinements=0, step=min(2 * self.work.options.step, 0.5)
+        )
+        return SubsetSearch(replace(self.work, options=options), self.options, self.progress)
+
     def answers(self, subset: tuple[int, ...]) -> Answers:
         """What the network for a class set says of the threshold set, foreign rows kept."""
         (found,) = self.networks([subset], "prune")
@@ -164,7 +174,7 @@ class Scorers:
     def __init__(self, search: SubsetSearch, labels: NDArray[np.int64]) -> None:
         self._search, self._labels = search, labels
         singles = [(c,) for c in range(search.work.profile.classes)]
-        self.alone = search.networks(singles, "prune for one class each")
+        self.alone = search.rough().networks(singles, "prune for one class each")
         table = own_class_probabilities([found["logits"] for found in self.alone])
         self._estimator = EntropyEstimator(table, Outcomes.REST)
 
