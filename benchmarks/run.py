@@ -1,0 +1,81 @@
+"""`make bench`: measures everything, or one group, and draws the tables from the results.
+
+python -m benchmarks.run [GROUP ...] [--tables]
+
+Each group is a list of commands that write benchmarks/results/*.json and a function that draws
+benchmarks/results/GROUP.md from those files. `--tables` only draws. Exit status 1: a measurement
+failed or missed a target; the table is drawn all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks import fleet_latency, fleet_memory, fleet_soak
+from benchmarks.record import HEADER, RESULTS, ROOT, load, machine_line
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is measured together.
+
+    Attributes:
+        commands: Modules below `benchmarks`, each with its arguments.
+        table: Draws the group's tables from the results, Markdown.
+    """
+
+    commands: tuple[tuple[str, ...], ...]
+    table: Callable[[], str]
+
+
+def runtime_table() -> str:
+    """The figures of the fleet at run time."""
+    lines = ["# The fleet at run time", "", HEADER]
+    sources = []
+    for module in (fleet_latency, fleet_memory, fleet_soak):
+        result = load(module.NAME)
+        lines += map(str, module.rows(result))
+        sources.append(f"- `{module.NAME}`: {machine_line(result)}")
+    return "\n".join([*lines, "", "Measured at:", *sources, ""])
+
+
+GROUPS = {
+    "runtime": Group(
+        (
+            ("fleet_latency", "--keep"),
+            ("fleet_memory", "--keep"),
+            ("fleet_soak", "--keep"),
+        ),
+        runtime_table,
+    ),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument("--tables", action="store_true", help="draw from what was measured before")
+    chosen = parser.parse_args()
+    if unknown := [name for name in chosen.groups if name not in GROUPS]:
+        parser.error(f"no group {unknown[0]!r}; there are: {', '.join(GROUPS)}")
+    status = 0
+    for name in chosen.groups or GROUPS:
+        group = GROUPS[name]
+        for module, *arguments in () if chosen.tables else group.commands:
+            print(f"$ python -m benchmarks.{module} {' '.join(arguments)}", file=sys.stderr)
+            command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+            status |= subprocess.run(command, cwd=ROOT, check=False).returncode != 0
+        text = group.table()
+        (RESULTS / f"{name}.md").write_text(text)
+        print(text)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
