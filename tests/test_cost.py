@@ -121,7 +121,7 @@ def test_finding_names_device_need_have_over_and_nearest_fix(fleet):
     assert str(finding) == (
         "mcu-1: snn-1 needs 612_352 B of flash (estimated), budget 500_000 B (over by 112_352 B). "
         "Weights and code of a piece must fit the microcontroller's flash. "
-        "Try to keep at most 0.78 of it, or give it to hub (2_000_000 B free)."
+        "Try to keep at most 0.78 of it, or give it to pi-1 (890_000 B free)."
     )
 
 

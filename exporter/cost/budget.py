@@ -151,6 +151,7 @@ def _nearest_fix(
         device.id: _free_bytes(device, pieces_by_device.get(device.id, ()))
         for device in fleet.devices
         if device.id != finding.device
+        and device.tier == fleet.device(finding.device).tier
         and _fits(together([*pieces_by_device.get(device.id, ()), *moved]), device)
     }
     if room:

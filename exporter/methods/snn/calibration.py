@@ -35,7 +35,6 @@ class SettledAnswers:
         test: Accuracy on test data by fusion, best guesses counted.
         known: Share of test decisions that are not "don't know", with the chosen fusion.
         lost: Accuracy on test data with each SNN lost, best guesses counted, chosen fusion.
-        final: The answers to the test data, the chosen thresholds applied.
     """
 
     network: Aggregator | None
@@ -43,7 +42,6 @@ class SettledAnswers:
     test: Mapping[Fusion, float]
     known: float
     lost: tuple[float, ...]
-    final: tuple[Answers, ...]
 
     def figures(self) -> dict[str, Figure]:
         """For the manifest."""
@@ -104,5 +102,4 @@ def settle_answers(
         },
         known=float(np.any([x.known for x in final], axis=0).mean()),
         lost=lost,
-        final=tuple(final),
     )

@@ -121,7 +121,10 @@ class SNN:
         pieces: tuple[TrainedPiece, ...] = ()
         if settled.choice.fusion is Fusion.ENTROPY_MLP and settled.network is not None:
             pieces = (_aggregator_piece(settled.network, aggregator, said["aggregator"]),)
-        sections = [*design.report["sections"], *settled_sections(snns, settled, data)]
+        sections = [
+            *design.report["sections"],
+            *settled_sections(snns, settled, said["test"], data),
+        ]
         return Settled(plan, pieces, settled.figures(), {"sections": sections})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from agent.protocol.scores import Answers
 from exporter.data import DataSet
 
 from .calibration import SettledAnswers
@@ -43,13 +44,14 @@ def search_section(found: PartitionSearch, data: DataSet) -> dict[str, Any]:
 def settled_sections(
     snns: Sequence[Snn],
     settled: SettledAnswers,
+    said: Sequence[Answers],
     data: DataSet,
 ) -> list[dict[str, Any]]:
     """Entropy histograms (Edge^nAI, Fig. 2), fusions, and the loss of each device."""
     labels = data.test.labels
     bins = np.linspace(0, 1, 21)
     histograms = []
-    for snn, answers, threshold in zip(snns, settled.final, settled.choice.thresholds, strict=True):
+    for snn, answers, threshold in zip(snns, said, settled.choice.thresholds, strict=True):
         own = np.isin(labels, snn.pruned.classes)
         series = [
             {"label": name, "counts": np.histogram(answers.entropies[part], bins)[0].tolist()}
@@ -72,7 +74,8 @@ def settled_sections(
     return [
         {
             "title": "Normalized entropies of the test data",
-            "text": "Own inputs should lie left of the threshold, foreign ones right of it.",
+            "text": "Own inputs should lie left of the threshold, foreign ones right of it. "
+            "At 1 are also the inputs whose rest outweighs every own class.",
             "histograms": histograms,
         },
         {
