@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import fleet_latency, fleet_memory, fleet_soak
+from benchmarks import fleet_latency, fleet_memory, fleet_soak, snn
 from benchmarks.record import HEADER, RESULTS, ROOT, load, machine_line
 
 
@@ -51,6 +51,17 @@ GROUPS = {
             ("fleet_soak", "--keep"),
         ),
         runtime_table,
+    ),
+    "snn": Group(
+        (
+            ("snn", "table", "lenet_mnist", "--seeds", "3"),
+            ("snn", "table", "vgg16_cifar10"),
+            ("snn", "table", "vgg16_cifar100"),
+            ("snn", "table", "resnet56_cifar10"),
+            ("snn", "ranking", "lenet_mnist"),
+            ("snn", "ranking", "vgg16_cifar10"),
+        ),
+        snn.draw,
     ),
 }
 
