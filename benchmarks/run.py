@@ -3,8 +3,8 @@
 python -m benchmarks.run [GROUP ...] [--tables]
 
 Each group is a list of commands that write benchmarks/results/*.json and a function that draws
-benchmarks/results/GROUP.md from those files. `--tables` only draws. Exit status 1: a measurement
-failed or missed a target; the table is drawn all the same.
+benchmarks/results/GROUP.md from those files; the README shows all of them. `--tables` only draws.
+Exit status 1: a measurement failed or missed a target; the table is drawn all the same.
 """
 
 from __future__ import annotations
@@ -66,7 +66,21 @@ GROUPS = {
 }
 
 
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->"
+
+
+def with_results(readme: str) -> str:
+    """The README with the tables of results/*.md between its two markers."""
+    tables = [(RESULTS / f"{name}.md").read_text().strip() for name in ("snn", "runtime")]
+    body = "\n\n".join(table.replace("# ", "### ", 1) for table in tables)
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
+
+
 def main() -> int:
+    """Measure, draw, and put the tables into the README."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -85,6 +99,7 @@ def main() -> int:
         text = group.table()
         (RESULTS / f"{name}.md").write_text(text)
         print(text)
+    README.write_text(with_results(README.read_text()))
     return status
 
 

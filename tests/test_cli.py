@@ -173,7 +173,7 @@ def test_check_prints_devices_and_budgets():
 
     assert table.exit_code == printed.exit_code == 0
     row = next(line.split() for line in table.stdout.splitlines() if "mcu-small" in line)
-    assert row[:8] == ["mcu-small", "mcu", "0", "tflite-micro", "64.0", "kB", "256.0", "kB"]
+    assert row[:8] == ["mcu-small", "mcu", "0", "tflite-micro", "96.0", "kB", "256.0", "kB"]
     assert "no mistakes" in table.stderr
     devices = {device["id"]: device for device in json.loads(printed.stdout)["devices"]}
     assert devices["mcu-small"]["flash_bytes"] == 256_000
