@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="shoal-demo-") as name:
         folder = Path(name)
+        shutil.copy(ROOT / "fleet.yaml", folder)
         data = load_data("digits")
         say(f"1. Train a small network on {len(data.train)} of scikit-learn's digits.")
         start_tensorflow()
@@ -46,7 +48,7 @@ def main() -> None:
         train_digits(data, folder / "digits.keras")
         say("\n2. Spread it over the fleet in fleet.yaml, by classes (Edge^nAI):")
         _shoal(folder, say, "export", "digits.keras", "--data", "digits", "--fleet",
-               str(ROOT / "fleet.yaml"), "--cache", "cache", "-o", "bundle")  # fmt: skip
+               "fleet.yaml", "--cache", "cache", "-o", "bundle")  # fmt: skip
         say("3. Start all its devices as processes on this machine, around a private broker:")
         with FleetProcesses(folder / "bundle", private_broker=True) as fleet:
             for row in fleet.describe(fleet.wait_ready()):

@@ -175,7 +175,7 @@ class Memory(threading.Thread):
         self._stop_asked.set()
         self.join()
 
-    def summary(self) -> dict[str, dict[str, int]]:
+    def summary(self) -> dict[str, dict[str, Any]]:
         """Of each process: at first, after warming up, at last, and the growth after warming up.
 
         `growth_bytes` is the median of the last minute less that of the first; `fitted_bytes` the
@@ -195,6 +195,7 @@ class Memory(threading.Thread):
                 "last_bytes": int(end),
                 "growth_bytes": int(end - begin),
                 "fitted_bytes": int(slope * (when[-1] - when[0])),
+                "each_minute_kb": [int(x) // 1000 for x in samples[:: int(60 / SAMPLE_PERIOD_S)]],
             }
         return result
 

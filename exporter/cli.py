@@ -187,8 +187,10 @@ def export(
     **chosen: Any,
 ) -> None:
     """Spread MODEL.keras over the fleet, and write everything its devices need into a bundle."""
+    from agent.protocol.fleet import load_fleet
     from agent.protocol.units import format_bytes
     from exporter import pipeline
+    from exporter.report import budget_uses, percent_of_budget
 
     with _progress() as progress:
         manifest = pipeline.export(
@@ -205,7 +207,8 @@ def export(
     if as_json:
         click.echo(json.dumps(manifest.model_dump(mode="json")))
         return
-    rows = []
+    devices = load_fleet(out / manifest.fleet.path)
+    rows, uses = [], []
     for node in manifest.plan.strategies[0].nodes:
         entry = manifest.entry(node.piece) if node.piece else None
         piece = manifest.plan.piece(node.piece) if node.piece else None
@@ -224,10 +227,19 @@ def export(
                 format_bytes(entry.arena_bytes) if entry and entry.arena_bytes else "-",
             )
         )
+        for use in budget_uses(devices.device(node.device), entry) if entry else ():
+            used = format_bytes(use.own + use.shared)
+            total, share = format_bytes(use.budget), percent_of_budget(use.share)
+            uses.append((node.device, use.what, used, total, share))
     _print_table(
         ("device", "piece", "classes or fusion", "parameters", "file", "arena"),
         rows,
         f"Plan {manifest.plan_id}: sizes and arenas measured",
+    )
+    _print_table(
+        ("device", "budget", "used", "of", "share"),
+        uses,
+        "Budgets: files and arenas measured, the rest estimated",
     )
     for name, figure in sorted(manifest.figures.items()):
         if figure.unit == "share":
@@ -316,13 +328,27 @@ def _progress() -> Iterator[Progress]:
         yield draw
 
 
+_NUMBERS = {"parameters", "MACs", "weights", "tensors", "file", "arena", "used", "of", "share"}
+"""Columns that are aligned to the right."""
+
+
 def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for name in head:
-        numeric = name in ("parameters", "MACs", "weights", "tensors", "file", "arena")
+        numeric = name in (
+            "parameters",
+            "MACs",
+            "weights",
+            "tensors",
+            "file",
+            "arena",
+            "used",
+            "of",
+            "share",
+        )
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)

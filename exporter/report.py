@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -176,34 +177,64 @@ def _device_row(device: Device, manifest: Manifest) -> str:
     return "".join(f"<tr>{name}{cell}</tr>" for cell in cells or [idle])
 
 
-def _budgets(device: Device, entry: PieceEntry) -> str:
-    """A bar for each budget of a device, with what this piece takes of it."""
+@dataclass(frozen=True)
+class BudgetUse:
+    """What a piece takes of one budget of its device, in bytes.
+
+    Attributes:
+        what: `flash`, `RAM` or `memory`.
+        own: Of the piece: its file and arena as measured, or its weights and live tensors.
+        shared: What any piece needs there: code, or stack.
+    """
+
+    what: str
+    own: int
+    shared: int
+    budget: int
+
+    @property
+    def share(self) -> float:
+        """Of the budget that is used."""
+        return (self.own + self.shared) / self.budget
+
+
+def budget_uses(device: Device, entry: PieceEntry) -> tuple[BudgetUse, ...]:
+    """What a piece takes of each budget of its device."""
     if device.flash_bytes is None:
         live = entry.estimated.weight_bytes + entry.estimated.peak_activation_bytes
-        return _bar("memory", live, 0, device.memory_bytes)
+        return (BudgetUse("memory", live, 0, device.memory_bytes),)
     tensors = entry.estimated.peak_activation_bytes
     arena = tensors if entry.arena_bytes is None else entry.arena_bytes
-    size = entry.model.size_bytes
-    return _bar("flash", size, INTERPRETER_CODE_BYTES, device.flash_bytes) + _bar(
-        "RAM", arena, STACK_BYTES, device.memory_bytes
+    return (
+        BudgetUse("flash", entry.model.size_bytes, INTERPRETER_CODE_BYTES, device.flash_bytes),
+        BudgetUse("RAM", arena, STACK_BYTES, device.memory_bytes),
     )
 
 
-def _bar(what: str, own: int, shared: int, budget: int) -> str:
+def _budgets(device: Device, entry: PieceEntry) -> str:
+    """A bar for each budget of a device, with what this piece takes of it."""
+    return "".join(_bar(use) for use in budget_uses(device, entry))
+
+
+def percent_of_budget(share: float) -> str:
+    """A share for people: small ones are told apart from nothing."""
+    if share < 0.001:
+        return "below 0.1 %"
+    return f"{share * 100:.0f} %" if share >= 0.1 else f"{share * 100:.1f} %"
+
+
+def _bar(use: BudgetUse) -> str:
     """What is used of a budget: `shared`, which every piece needs, stands first and pale."""
-    share = (own + shared) / budget
-    pale = min(shared / budget, 1.0) * 120
+    share, percent = use.share, percent_of_budget(use.share)
+    pale = min(use.shared / use.budget, 1.0) * 120
     width = min(share, 1.0) * 120 - pale
     colour = "var(--over)" if share > 1 else "var(--own)"
-    percent = f"{share * 100:.0f} %" if share >= 0.1 else f"{share * 100:.1f} %"
-    if share < 0.001:
-        percent = "below 0.1 %"
     return (
-        f'<div class="budget"><small>{what}</small><svg width="120" height="8" role="img" '
+        f'<div class="budget"><small>{use.what}</small><svg width="120" height="8" role="img" '
         f'aria-label="{percent}"><rect width="120" height="8" fill="var(--line)"/>'
         f'<rect width="{pale:.1f}" height="8" fill="var(--own-pale)"/>'
         f'<rect x="{pale:.1f}" width="{width:.1f}" height="8" fill="{colour}"/></svg>'
-        f"<small>{percent} of {format_bytes(budget)}</small></div>"
+        f"<small>{percent} of {format_bytes(use.budget)}</small></div>"
     )
 
 

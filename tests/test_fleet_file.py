@@ -69,7 +69,7 @@ def test_example_parses() -> None:
     assert (small_mcu.runtime, small_mcu.flash_bytes, small_mcu.memory_bytes) == (
         Runtime.TFLITE_MICRO,
         256_000,
-        64_000,
+        96_000,
     )
     assert fleet.device("pi-door").memory_bytes == 150_000_000
     assert fleet.device("pi-door").flash_bytes is None
