@@ -7,6 +7,7 @@ import os
 import secrets
 import threading
 import time
+import zlib
 from collections import OrderedDict
 
 import numpy as np
@@ -32,7 +33,7 @@ ONLINE_TIMEOUT_S = 2.0
 """How long the aggregator's retained status may take after connecting."""
 MARGIN_S = 2.0
 """Beyond a request's deadline: time for the decision's way, before it counts as lost."""
-REMEMBERED_REQUESTS = 4096
+REMEMBERED_REQUESTS = 1024
 
 
 class Pending:
@@ -111,7 +112,7 @@ class Asker:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._pending: OrderedDict[str, Pending] = OrderedDict()
-        self._decided: OrderedDict[str, bytes] = OrderedDict()
+        self._decided: OrderedDict[str, int] = OrderedDict()  # CRC-32 of each decision
         self._statuses: dict[str, Status] = {}
         self._failure: Fault | None = None
         client_id = f"ask-{os.getpid()}-{self._boot:08x}"
@@ -253,12 +254,13 @@ class Asker:
             return
         if decision.plan != self.manifest.plan_id:
             return
+        checksum = zlib.crc32(payload)
         with self._lock:
             pending = self._pending.pop(decision.request, None)
             if pending is None:
-                self.surplus += self._decided.get(decision.request, payload) != payload
+                self.surplus += self._decided.get(decision.request, checksum) != checksum
                 return
-            self._decided[decision.request] = payload
+            self._decided[decision.request] = checksum
             if len(self._decided) > REMEMBERED_REQUESTS:
                 self._decided.popitem(last=False)
         pending.settle(decision)

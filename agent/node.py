@@ -15,7 +15,7 @@ nodes wait for nodes that wait, each stage has an equal share of it: the n-th of
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +44,7 @@ from agent.protocol.scores import RowReader, normalized_entropy, softmax
 
 KEPT_REQUESTS = 64
 """How many requests a node keeps its features of, in case it is asked for them."""
-REMEMBERED_REQUESTS = 4096
+REMEMBERED_REQUESTS = 1024
 """How many request ids are remembered so that a repeated request is not run again."""
 MAX_US = 2**32 - 1
 
@@ -198,7 +198,8 @@ class Engine:
         self._roster = Roster(self.plan)
         self._roster.info(device, boot, self.plan)
         self._roster.status(device, Status.ONLINE)
-        self._remembered: OrderedDict[int, None] = OrderedDict()
+        self._remembered: set[int] = set()
+        self._remembered_in_order: deque[int] = deque()
         self._entries = {entry.name: entry for entry in manifest.pieces}
         self._reals = {entry.name: row_dequantizer(entry.output) for entry in manifest.pieces}
         self._local = [
@@ -259,9 +260,10 @@ class Engine:
             return self._refuse(refusal)
         header = request.header
         self.requests += 1
-        self._remembered[header.request] = None
+        self._remembered.add(header.request)
+        self._remembered_in_order.append(header.request)
         if len(self._remembered) > REMEMBERED_REQUESTS:
-            self._remembered.popitem(last=False)
+            self._remembered.remove(self._remembered_in_order.popleft())
         now_s = self._clock()
         time_s = request.deadline_ms / 1000
         effects: list[Effect] = []
