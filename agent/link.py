@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import random
-import selectors
+import select
 import socket
 import ssl
 import threading
@@ -327,6 +327,50 @@ class _Client(mqtt.Client):
         return self.wire
 
 
+class _Waiter:
+    """Waits until a socket can be read or written, or a waker rings.
+
+    `selectors` does the same, but in so much Python that an agent which wakes up for every message
+    spends a twentieth of its time there.
+
+    Args:
+        sock: The broker's socket.
+        waker: A socket that is readable when the wait is to end.
+    """
+
+    def __init__(self, sock: Any, waker: socket.socket) -> None:
+        self._sock = sock
+        self._waker = waker
+        self._writing = False
+        self._poll = select.poll() if hasattr(select, "poll") else None  # Windows has none
+        if self._poll is not None:
+            self._sock_number = sock.fileno()
+            self._poll.register(self._sock_number, select.POLLIN)
+            self._poll.register(waker.fileno(), select.POLLIN)
+
+    def wait(self, timeout_s: float, *, writing: bool) -> tuple[bool, bool]:
+        """Wait; also for room to write, if `writing`.
+
+        Returns:
+            Whether the socket can be read (or is broken, which reading tells), and whether the
+            waker rang.
+        """
+        if self._poll is None:
+            wanted = [self._sock] if writing else []
+            ready, _, _ = select.select([self._sock, self._waker], wanted, [], timeout_s)
+            return self._sock in ready, self._waker in ready
+        if writing != self._writing:
+            self._writing = writing
+            self._poll.modify(self._sock_number, select.POLLIN | (select.POLLOUT if writing else 0))
+        readable = woken = False
+        for number, events in self._poll.poll(timeout_s * 1000):
+            if number != self._sock_number:
+                woken = True
+            elif events & ~select.POLLOUT:
+                readable = True
+        return readable, woken
+
+
 class _Connection:
     """One connection to the broker from TCP connect to its end. A lost one is never used again.
 
@@ -602,24 +646,19 @@ class _Connection:
             return _connect_failure(self.address, error)
         if self._closed:
             return _End("stopped")
-        with selectors.DefaultSelector() as selector:
-            sock: Any = self.client.socket()
-            try:
-                selector.register(sock, selectors.EVENT_READ)
-                selector.register(self._wake_reader, selectors.EVENT_READ)
-                self._serve(selector, sock, service)
-            except (OSError, ValueError, KeyError):
-                # A publishing thread met the broken connection first and closed the socket.
-                if self.client.socket() is not None:
-                    raise
+        try:
+            self._serve(service)
+        except (OSError, ValueError):
+            # A publishing thread met the broken connection first and closed the socket.
+            if self.client.socket() is not None:
+                raise
         return self.end or _End("the connection ended")
 
-    def _serve(
-        self, selector: selectors.BaseSelector, sock: Any, service: Callable[[_Connection], None]
-    ) -> None:
+    def _serve(self, service: Callable[[_Connection], None]) -> None:
         wire = self.client.wire
         assert wire is not None
-        writing = left_over = False
+        waiter = _Waiter(wire, self._wake_reader)
+        left_over = False
         misc_due_s = 0.0
         answer_by_s = time.monotonic() + ANSWER_TIMEOUT_S
         while self.client.socket() is not None and (now_s := time.monotonic()) < self._leave_by_s:
@@ -630,21 +669,16 @@ class _Connection:
                     too_old=True,
                 )
                 return
-            want_write = self._wants_to_write()
-            if want_write != writing:
-                writing = want_write
-                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
-                selector.modify(sock, events)
             timeout_s = 1.0 if self.accepted else ANSWER_TIMEOUT_S / 8
             if left_over:
                 timeout_s = 0.0  # and nothing more is received before that is dealt with
-            for key, mask in selector.select(timeout_s):
-                if key.fileobj is self._wake_reader:
-                    with suppress(BlockingIOError):
-                        self._wake_reader.recv(4096)
-                elif mask & selectors.EVENT_READ and not left_over:
-                    with self._io_lock:
-                        wire.receive()
+            readable, woken = waiter.wait(timeout_s, writing=self._wants_to_write())
+            if woken:
+                with suppress(BlockingIOError):
+                    self._wake_reader.recv(4096)
+            if readable and not left_over:
+                with self._io_lock:
+                    wire.receive()
             left_over = self._read(wire)
             service(self)
             if self._wants_to_write() or now_s >= misc_due_s:

@@ -136,6 +136,19 @@ def test_handler_may_publish(links, fresh_topic):
 
 
 @broker_test
+def test_link_works_where_the_system_has_no_poll(links, fresh_topic, monkeypatch):
+    monkeypatch.delattr(agent.link.select, "poll")
+    answer = threading.Event()
+    large = bytes(3_000_000)  # more than the socket takes at once
+    link = links()
+    link.subscribe(f"{fresh_topic}/q", lambda t, p: link.publish(f"{fresh_topic}/a", p))
+    link.subscribe(f"{fresh_topic}/a", lambda t, p: answer.set() if p == large else None)
+    link.start(5)
+    link.publish(f"{fresh_topic}/q", large)
+    assert answer.wait(10)
+
+
+@broker_test
 def test_handler_and_publisher_may_share_a_lock(links, fresh_topic):
     lock = threading.Lock()
     seen = []
