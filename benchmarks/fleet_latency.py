@@ -5,7 +5,7 @@ whatever else the machine does hits both. All is started anew several times, as 
 come to lie in memory and on the cores makes a difference. What is compared, and what is subtracted,
 is written in METHODOLOGY.md.
 
-python -m benchmarks.fleet_latency [--rounds 5] [--requests 400] [--json] [--keep]
+python -m benchmarks.fleet_latency [--rounds 10] [--requests 300] [--json] [--keep]
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ def rows(result: dict[str, Any]) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="starts of both fleets")
-    parser.add_argument("--requests", type=int, default=400, help="a round, of each fleet")
+    parser.add_argument("--rounds", type=int, default=10, help="starts of both fleets")
+    parser.add_argument("--requests", type=int, default=300, help="a round, of each fleet")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/")
     chosen = parser.parse_args()
