@@ -233,6 +233,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
 
 
 def main() -> int:
+    """Measure and report; exits with 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10, help="starts of both fleets")
     parser.add_argument("--requests", type=int, default=300, help="a round, of each fleet")

@@ -160,6 +160,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
 
 
 def main() -> int:
+    """Measure and report; exits with 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=10, help="of each start")
     parser.add_argument("--json", action="store_true")

@@ -283,6 +283,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
 
 
 def main() -> int:
+    """Measure and report; exits with 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--rate", type=float, default=50.0, help="requests a second")
