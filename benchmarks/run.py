@@ -54,6 +54,7 @@ GROUPS = {
     ),
     "snn": Group(
         (
+            ("published_resnets", "--keep"),
             ("snn", "table", "lenet_mnist", "--seeds", "3"),
             ("snn", "table", "vgg16_cifar10"),
             ("snn", "table", "vgg16_cifar100"),
