@@ -24,7 +24,7 @@ from agent.link import Link
 from agent.monitor.events import read_event
 from agent.protocol.errors import DeviceUnreachable, ExitCode, ShoalError
 from agent.protocol.fleet import Fleet, Runtime
-from agent.protocol.manifest import FILE_NAME, Artifact, Manifest, check_files, read_manifest
+from agent.protocol.manifest import FILE_NAME, Manifest, check_files, read_manifest
 from agent.protocol.messages import DeviceInfo, Status
 from agent.protocol.plan import FRAME
 from agent.target import Target, devices_of, open_target
@@ -217,15 +217,12 @@ def _manifest(bundle: Path) -> Generator[Finding, None, Manifest | None]:
 
 def _files(bundle: Path, manifest: Manifest) -> Iterator[Finding]:
     """Every file of a bundle must be the one that the manifest names."""
-    files: list[Artifact] = [manifest.fleet]
-    for entry in manifest.pieces:
-        files += [entry.model, *entry.files]
     try:
-        check_files(bundle, files)
+        check_files(bundle, manifest.files)
     except ShoalError as error:
         yield _wrong("files", error)
     else:
-        yield _ok("files", f"{len(files)} files, hashes as in the manifest")
+        yield _ok("files", f"{len(manifest.files)} files, hashes as in the manifest")
 
 
 def _fleet(

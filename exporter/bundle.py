@@ -136,18 +136,19 @@ def write_bundle(
     """Write all files of a bundle into an empty folder; the same input gives the same bytes."""
     entries = tuple(_write_piece(folder, piece) for piece in pieces)
     (folder / FLEET_COPY).write_text(fleet_text, encoding="utf-8")
+    text = json.dumps(report, indent=1, ensure_ascii=False, sort_keys=True)
+    (folder / REPORT_DATA).write_text(text + "\n", encoding="utf-8")
     manifest = Manifest(
         shoal=version("shoal"),
         plan_id=plan_id(plan, frame, entries),
         plan=plan,
         frame=frame,
         fleet=artifact(folder, folder / FLEET_COPY),
+        report=artifact(folder, folder / REPORT_DATA),
         pieces=entries,
         figures=dict(figures),
     )
     write_manifest(folder, manifest)
-    text = json.dumps(report, indent=1, ensure_ascii=False, sort_keys=True)
-    (folder / REPORT_DATA).write_text(text + "\n", encoding="utf-8")
     write_report(folder, manifest, fleet, report)
     return manifest
 

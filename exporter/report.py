@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from agent.protocol.errors import BundleMismatch, ShoalError
+from agent.protocol.errors import ShoalError
 from agent.protocol.fleet import Device, Fleet, load_fleet
 from agent.protocol.manifest import Figure, Manifest, PieceEntry, check_files, read_manifest
 from agent.protocol.units import format_bytes
@@ -126,16 +126,13 @@ def rewrite_report(bundle: Path) -> Path:
 
     Raises:
         ManifestError, BundleMismatch: not a bundle, or its files were altered.
-        ShoalError: the report's data is missing or unreadable.
+        ShoalError: the report's data is none.
     """
     manifest = read_manifest(bundle)
-    check_files(bundle, [manifest.fleet])
-    path = bundle / REPORT_DATA
+    check_files(bundle, [manifest.fleet, manifest.report])
+    path = bundle / manifest.report.path
     try:
         report = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BundleMismatch(f"{path}: cannot be read: {error}", "export it anew") from None
-    try:
         return write_report(bundle, manifest, load_fleet(bundle / manifest.fleet.path), report)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ShoalError(f"{path}: not a report's data: {error}", "export it anew") from None

@@ -26,12 +26,9 @@ def test_manifest_lists_every_piece_with_the_hashes_of_its_files():
 
     manifest = read_manifest(bundle)
 
-    listed = [manifest.fleet]
-    for entry in manifest.pieces:
-        listed += [entry.model, *entry.files]
-    check_files(bundle, listed)
-    beside = {"manifest.json", "report.html", "report.json"}
-    assert {item.path for item in listed} | beside == set(content(bundle))
+    check_files(bundle, manifest.files)
+    beside = {"manifest.json", "report.html"}
+    assert {item.path for item in manifest.files} | beside == set(content(bundle))
 
 
 def test_every_piece_loads_and_has_the_tensors_that_the_manifest_says():

@@ -75,6 +75,7 @@ def manifest_of(plan: Plan, frame: FrameSpec, entries: tuple[PieceEntry, ...]) -
         plan=plan,
         frame=frame,
         fleet=Artifact(path="fleet.yaml", sha256="cd" * 32, size_bytes=1),
+        report=Artifact(path="report.json", sha256="ef" * 32, size_bytes=1),
         pieces=entries,
         figures={"accuracy": Figure(value=0.875, unit="1", origin="measured", note="Straße")},
     )

@@ -16,7 +16,7 @@ from export_cases import LABELS, copy_bundle, exported, shoal
 
 from agent.protocol.errors import BundleMismatch, ManifestError, ShoalError
 from agent.protocol.fleet import load_fleet
-from agent.protocol.manifest import Figure, read_manifest
+from agent.protocol.manifest import Figure, artifact, read_manifest, write_manifest
 from exporter.report import rewrite_report, write_report
 
 
@@ -187,20 +187,22 @@ def test_report_command_prints_figures_as_json(tmp_path):
         (lambda b: (b / "manifest.json").write_text("{}"), ManifestError),
         (lambda b: (b / "manifest.json").unlink(), ManifestError),
         (lambda b: (b / "report.json").unlink(), BundleMismatch),
-        (lambda b: (b / "report.json").write_text("{"), BundleMismatch),
-        (lambda b: (b / "report.json").write_text("[1]"), ShoalError),
-        (lambda b: (b / "report.json").write_text('{"sections": [{}]}'), ShoalError),
-        (lambda b: (b / "report.json").write_text('{"sections": 7}'), ShoalError),
+        (lambda b: (b / "report.json").write_text('{"sections": []}'), BundleMismatch),
+        (lambda b: with_report(b, "{"), ShoalError),
+        (lambda b: with_report(b, "[1]"), ShoalError),
+        (lambda b: with_report(b, '{"sections": [{}]}'), ShoalError),
+        (lambda b: with_report(b, '{"sections": 7}'), ShoalError),
         (
-            lambda b: (b / "report.json").write_text(
+            lambda b: with_report(
+                b,
                 '{"sections": [{"title": "t", "histograms": [{"name": "n", "threshold": "x", '
-                '"series": [{"label": "l", "counts": []}]}]}]}'
+                '"series": [{"label": "l", "counts": []}]}]}]}',
             ),
             ShoalError,
         ),
         (
-            lambda b: (b / "report.json").write_text(
-                '{"sections": [{"title": "t", "head": ["a"], "rows": [[1, 2], []]}]}'
+            lambda b: with_report(
+                b, '{"sections": [{"title": "t", "head": ["a"], "rows": [[1, 2], []]}]}'
             ),
             ShoalError,
         ),
@@ -219,6 +221,26 @@ def test_altered_bundle_is_a_clear_error_and_keeps_its_page(tmp_path, damage, er
     assert said.stderr.startswith("error: ")
     if bundle.exists():
         assert (bundle / "report.html").read_text(encoding="utf-8") == page()
+
+
+def with_report(bundle: Path, text: str) -> None:
+    """Make this the report's data of a bundle, as the manifest of another shoal might name it."""
+    (bundle / "report.json").write_text(text)
+    named = artifact(bundle, bundle / "report.json")
+    write_manifest(bundle, read_manifest(bundle).model_copy(update={"report": named}))
+
+
+def test_altered_report_data_is_found_by_doctor(tmp_path):
+    bundle = copy_bundle(tmp_path / "bundle")
+    data = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
+    data["sections"][0]["title"] = "Nothing was lost"
+    (bundle / "report.json").write_text(json.dumps(data), encoding="utf-8")
+
+    said = shoal("doctor", "--bundle", bundle, "--broker", "127.0.0.1:1", "--json")
+
+    (files,) = (x for x in json.loads(said.stdout)["findings"] if x["check"] == "files")
+    assert files["level"] == "wrong"
+    assert "report.json: altered" in files["text"]
 
 
 MEASURE = """<!DOCTYPE html><body><iframe srcdoc="{page}" width="{width}" height="900"></iframe>

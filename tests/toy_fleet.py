@@ -170,6 +170,7 @@ def _entry(
 def _build(bundle: Path, devices: int, fusion: Fusion) -> Manifest:
     bundle.mkdir()
     (bundle / "fleet.yaml").write_text(_fleet_text(devices))
+    (bundle / "report.json").write_text("{}\n")
     fleet = load_fleet(bundle / "fleet.yaml")
     frames, labels = (x[:-HELD_OUT] for x in digits())
     samples = (frames / 16.0).astype(np.float32)
@@ -210,6 +211,7 @@ def _build(bundle: Path, devices: int, fusion: Fusion) -> Manifest:
         plan=plan,
         frame=frame,
         fleet=artifact(bundle, bundle / "fleet.yaml"),
+        report=artifact(bundle, bundle / "report.json"),
         pieces=tuple(entries),
     )
     write_manifest(bundle, manifest)

@@ -146,6 +146,8 @@ class Manifest(Contract):
         plan_id: First 32 bits of the SHA-256 over plan, frame and piece hashes: two bundles that
             could decide differently never share it.
         fleet: The bundle's copy of the fleet file.
+        report: What the report says beyond this file. The page drawn from both is not listed:
+            `shoal report` draws it anew.
     """
 
     format: Literal[1] = 1
@@ -154,6 +156,7 @@ class Manifest(Contract):
     plan: Plan
     frame: FrameSpec
     fleet: Artifact
+    report: Artifact
     pieces: tuple[PieceEntry, ...]
     figures: dict[str, Figure] = Field(default_factory=dict)
 
@@ -170,6 +173,12 @@ class Manifest(Contract):
     def entry(self, piece: str) -> PieceEntry:
         """The entry of this piece."""
         return next(entry for entry in self.pieces if entry.name == piece)
+
+    @property
+    def files(self) -> tuple[Artifact, ...]:
+        """Every file of the bundle that is named here by its hash."""
+        of_pieces = (file for entry in self.pieces for file in (entry.model, *entry.files))
+        return (self.fleet, self.report, *of_pieces)
 
     def pieces_of(self, device: str) -> tuple[Piece, ...]:
         """The pieces that a device runs, over all strategies."""
