@@ -7,7 +7,6 @@ import os
 import secrets
 import threading
 import time
-import zlib
 from collections import OrderedDict
 
 import numpy as np
@@ -97,8 +96,8 @@ class Asker:
         address: The broker.
 
     Attributes:
-        surplus: Requests that were decided a second time, and otherwise than the first. (The same
-            decision may come again: QoS 1 sends what a broken connection left unacknowledged.)
+        surplus: Decisions on requests of ours that had one already, whatever they say. After a
+            broken connection the same one may come again: QoS 1 sends what was not acknowledged.
     """
 
     def __init__(self, manifest: Manifest, fleet: Fleet, address: BrokerAddress) -> None:
@@ -112,7 +111,7 @@ class Asker:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._pending: OrderedDict[str, Pending] = OrderedDict()
-        self._decided: OrderedDict[str, int] = OrderedDict()  # CRC-32 of each decision
+        self._decided: OrderedDict[str, None] = OrderedDict()
         self._statuses: dict[str, Status] = {}
         self._failure: Fault | None = None
         client_id = f"ask-{os.getpid()}-{self._boot:08x}"
@@ -254,16 +253,16 @@ class Asker:
             return
         if decision.plan != self.manifest.plan_id:
             return
-        checksum = zlib.crc32(payload)
+        if int(decision.request, 16) >> 32 != self._boot:
+            return
         with self._lock:
             pending = self._pending.pop(decision.request, None)
-            if pending is None:
-                self.surplus += self._decided.get(decision.request, checksum) != checksum
-                return
-            self._decided[decision.request] = checksum
+            self.surplus += decision.request in self._decided
+            self._decided[decision.request] = None
             if len(self._decided) > REMEMBERED_REQUESTS:
                 self._decided.popitem(last=False)
-        pending.settle(decision)
+        if pending is not None:
+            pending.settle(decision)
 
 
 def ask(

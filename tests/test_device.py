@@ -37,6 +37,7 @@ from agent.protocol.messages import (
     decode,
     decode_text,
     encode,
+    encode_text,
 )
 from agent.protocol.plan import Fusion
 from agent.protocol.scores import answer
@@ -157,6 +158,29 @@ def test_many_requests_may_be_under_way(toy: Toy, asker: Asker, frames: NDArray[
     assert [d.label for d in decisions] == alone
     assert all(item.done and item.round_trip_ms > 0 for item in pending)
     assert asker.surplus == 0
+
+
+def test_asker_counts_every_second_decision_on_a_request_of_its_own(
+    toy: Toy, frames: NDArray[np.uint8], listen: Callable[[str], list[bytes]]
+) -> None:
+    heard = listen(TOPICS.decision)
+    with (
+        Asker(toy.manifest, toy.fleet, toy.address) as asker,
+        Asker(toy.manifest, toy.fleet, toy.address) as other,
+    ):
+        decision = asker.ask(frames[0])
+        assert eventually(lambda: heard)
+        again = Link(toy.address, "says-it-again")
+        again.start(5.0)
+        again.publish(TOPICS.decision, heard[0])  # the very same
+        again.publish(TOPICS.decision, heard[0])
+        altered = decision.model_copy(update={"label": None})
+        again.publish(TOPICS.decision, encode_text(altered))
+
+        assert eventually(lambda: asker.surplus == 3), asker.surplus
+        again.stop()
+        other.ask(frames[1])  # all of that has reached it by now
+        assert other.surplus == 0
 
 
 def test_latency_adds_up(asker: Asker, frames: NDArray[np.uint8]) -> None:
