@@ -62,7 +62,7 @@ def open_target(
         check_files(bundle, [manifest.fleet])
         fleet_file = bundle / manifest.fleet.path
     fleet = load_fleet(fleet_file)
-    return Target(fleet, manifest, broker_address(fleet.broker, broker))
+    return Target(fleet, manifest, broker_address(fleet.broker, fleet_file.parent, broker))
 
 
 def devices_of(manifest: Manifest) -> set[str]:
@@ -71,9 +71,14 @@ def devices_of(manifest: Manifest) -> set[str]:
 
 
 def broker_address(
-    settings: BrokerSettings, override: tuple[str, int] | None = None
+    settings: BrokerSettings, folder: Path, override: tuple[str, int] | None = None
 ) -> BrokerAddress:
     """A fleet file's broker, with the password from its file.
+
+    Args:
+        settings: Of the fleet file.
+        folder: Where the fleet file lies; a relative password file is looked for from there.
+        override: (host, port) instead of the file's.
 
     Raises:
         ShoalError: the password file cannot be read or is empty.
@@ -81,14 +86,15 @@ def broker_address(
     host, port = override or (settings.host, settings.port)
     password = None
     if settings.password_file is not None:
-        path = settings.password_file.expanduser()
+        path = folder / settings.password_file.expanduser()
         try:
             password = path.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
         except (OSError, UnicodeDecodeError) as error:
             raise ShoalError(
                 f"the broker's password file {path} cannot be read: "
                 f"{getattr(error, 'strerror', None) or 'not UTF-8 text'}",
-                "its first line must be the password; mend broker.password_file in the fleet file",
+                "its first line must be the password; a relative broker.password_file counts from "
+                f"the folder of the fleet file, here {folder}",
             ) from None
         if not password:
             raise ShoalError(f"the broker's password file {path} has an empty first line")

@@ -138,6 +138,34 @@ def test_password_file_that_is_missing_is_named(tmp_path, fleet_file):
     assert "broker" not in found
 
 
+@pytest.mark.broker
+def test_relative_password_file_counts_from_the_fleet_file(
+    tmp_path, fleet_file, mosquitto, monkeypatch
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "password").write_text("guess\n")
+    with mosquitto.start(credentials=("ann", "s3cret")) as broker:
+        path = fleet_file(broker, "s3cret")
+        path.write_text(path.read_text().replace(str(tmp_path / "password"), "password"))
+        monkeypatch.chdir(elsewhere)
+
+        code, found = examined("--fleet", path)
+
+    assert code == 0, found
+
+
+def test_relative_password_file_that_is_missing_is_named_with_its_folder(tmp_path, fleet_file):
+    path = fleet_file(password="s3cret")
+    path.write_text(path.read_text().replace(str(tmp_path / "password"), "secret.txt"))
+
+    code, found = examined("--fleet", path)
+
+    assert code == 2
+    assert str(tmp_path / "secret.txt") in found["fleet"][0]["text"]
+    assert f"here {tmp_path}" in found["fleet"][0]["hint"]
+
+
 def test_every_mistake_of_the_fleet_file_is_listed(tmp_path):
     path = tmp_path / "fleet.yaml"
     path.write_text("shoal: 1\nfleet: Ward\naggregator: dsk\ndevices: [{id: pi, kind: pi-9}]\n")

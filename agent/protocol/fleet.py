@@ -150,7 +150,9 @@ class BrokerSettings(Contract):
         default=None, description="User to log in as; nobody in particular unless given."
     )
     password_file: Path | None = Field(
-        default=None, description="A file whose first line is the user's password."
+        default=None,
+        description="A file whose first line is the user's password. A relative path counts "
+        "from the folder of this fleet file; in a bundle, from the bundle's.",
     )
 
     @model_validator(mode="after")
