@@ -360,7 +360,7 @@ class RunningDevice:
                 values = self._sensor_frame()
             with self._piece_locks[run.piece]:
                 begin_s = time.monotonic()
-                stored = self._pieces[run.piece].run_stored(values)
+                stored, *features = self._pieces[run.piece].run_outputs(values)
                 end_s = time.monotonic()
         except DataError as error:
             _log.warning("%s: %s", self.info.device, error)
@@ -369,7 +369,7 @@ class RunningDevice:
         self._timings.append(inference_s)
         queue_us = int((begin_s - run.since_s) * 1e6)
         with self._lock:
-            return self._engine.ran(run, stored, queue_us, int(inference_s * 1e6))
+            return self._engine.ran(run, stored, queue_us, int(inference_s * 1e6), *features)
 
     def _sensor_frame(self) -> NDArray[np.generic]:
         if self._read_sensor is None:

@@ -39,7 +39,7 @@ from agent.protocol.messages import (
     TensorPart,
 )
 from agent.protocol.plan import ANSWER_FUSIONS, Fusion, Node, Output, Strategy
-from agent.protocol.quantization import dequantize, row_dequantizer
+from agent.protocol.quantization import dequantize, from_bits, row_dequantizer, to_bits
 from agent.protocol.scores import RowReader, normalized_entropy, softmax
 
 KEPT_REQUESTS = 64
@@ -53,6 +53,7 @@ _KIND_OF_OUTPUT = {
     Output.SCORES: MessageKind.SCORES,
     Output.FEATURES: MessageKind.FEATURES,
 }
+_OUTPUT_OF_KIND = {kind: output for output, kind in _KIND_OF_OUTPUT.items()}
 
 
 @dataclass(eq=False, slots=True)
@@ -329,7 +330,12 @@ class Engine:
         return self._escalated(header.strategy, tier, header.request)
 
     def ran(
-        self, run: Run, stored: NDArray[np.generic], queue_us: int, inference_us: int
+        self,
+        run: Run,
+        stored: NDArray[np.generic],
+        queue_us: int,
+        inference_us: int,
+        features: NDArray[np.generic] | None = None,
     ) -> list[Effect]:
         """A piece has run.
 
@@ -338,9 +344,11 @@ class Engine:
             stored: The output as the model stores it, without the batch axis.
             queue_us: Time it waited since `run.since_s`, microseconds.
             inference_us: Time it ran, microseconds.
+            features: The same for the features of a piece that has them beside its output.
         """
         local = run.node
-        output = self._entries[run.piece].output
+        entry = self._entries[run.piece]
+        output = entry.output
         if local.node.fusion is Fusion.ENTROPY_MLP and run.collection is not None:
             trust = dequantize(stored, output).reshape(-1)
             return self._finish_answers(local, run.collection, run.since_s, trust)
@@ -368,7 +376,10 @@ class Engine:
             real = dequantize(stored, output)
             parts[MessageKind.SCORES] = TensorPart(MessageKind.SCORES, header, real, *timing)
         if MessageKind.FEATURES in local.outputs:
-            parts[MessageKind.FEATURES] = TensorPart(MessageKind.FEATURES, header, stored, *timing)
+            values = stored if features is None else features
+            if (spec := entry.tensor(Output.FEATURES)).levels is not None:
+                values = to_bits(values, spec)
+            parts[MessageKind.FEATURES] = TensorPart(MessageKind.FEATURES, header, values, *timing)
         collection = run.collection
         if collection is None:
             collection = Collection(run.request, run.since_s, run.since_s, armed=True)
@@ -533,8 +544,13 @@ class Engine:
         for position, part in collection.parts.items():
             assert isinstance(part, TensorPart) and part.header.node is not None
             piece = strategy.nodes[part.header.node].piece
-            if part.values.dtype == np.int8 and piece is not None:
-                real[position] = dequantize(part.values, self._entries[piece].output)
+            spec = None
+            if part.kind is MessageKind.FEATURES and piece is not None:
+                spec = self._entries[piece].tensor(Output.FEATURES)
+            if spec is not None and spec.levels is not None:
+                real[position] = from_bits(part.values, spec)
+            elif spec is not None:
+                real[position] = dequantize(part.values, spec)
             else:
                 real[position] = part.values.astype(np.float32, copy=False)
         return real
@@ -703,6 +719,8 @@ def _kind_heard(
     offered = _outputs(manifest, strategy, sender)
     if listener.fusion in ANSWER_FUSIONS:
         wanted = [MessageKind.ANSWER]
+    elif listener.takes is not None:
+        wanted = [_KIND_OF_OUTPUT[Output(listener.takes)]]
     elif listener.piece is None:
         wanted = [MessageKind.SCORES, MessageKind.FEATURES]
     else:
@@ -710,26 +728,46 @@ def _kind_heard(
     return next((kind for kind in wanted if kind in offered), None)
 
 
-def _shape_of(manifest: Manifest, strategy: Strategy, node: Node) -> tuple[int, ...] | None:
-    """Shape of the tensors that a node sends, without the batch axis; None if it has none."""
+def _shape_of(
+    manifest: Manifest, strategy: Strategy, node: Node, kind: MessageKind
+) -> tuple[int, ...] | None:
+    """Shape of the tensors of a kind that a node sends, without the batch axis; None: it has none.
+
+    What a node has fused has one shape, whatever it is called.
+    """
     if node.piece is not None:
-        return manifest.entry(node.piece).output.shape[1:]
-    shapes = [_shape_of(manifest, strategy, strategy.node(name)) for name in node.listens_to]
+        return manifest.entry(node.piece).tensor(_OUTPUT_OF_KIND[kind]).shape[1:]
+    shapes = _shapes_heard(manifest, strategy, node)
     known = [shape for shape in shapes if shape is not None]
     if node.fusion is None or node.fusion in ANSWER_FUSIONS or len(known) != len(shapes):
         return None
     return fused_shape(node.fusion, known)
 
 
+def _shapes_heard(
+    manifest: Manifest, strategy: Strategy, node: Node
+) -> list[tuple[int, ...] | None]:
+    """Shape of what a node takes from each of those it listens to; None where that is no tensor."""
+    shapes = []
+    for name in node.listens_to:
+        sender = strategy.node(name)
+        kind = _kind_heard(manifest, strategy, node, sender)
+        shapes.append(None if kind is None else _shape_of(manifest, strategy, sender, kind))
+    return shapes
+
+
 def _form(manifest: Manifest, strategy: int, node: int, kind: MessageKind) -> _Form:
-    """Features travel as the model stores them, scores as real numbers."""
+    """Features travel as bits or as the model stores them, scores as real numbers."""
     graph = manifest.plan.strategies[strategy]
     sender = graph.nodes[node]
-    piece = sender.piece if kind is MessageKind.FEATURES else None
+    dtype = "float32"
+    if kind is MessageKind.FEATURES and sender.piece is not None:
+        spec = manifest.entry(sender.piece).tensor(Output.FEATURES)
+        dtype = spec.dtype if spec.levels is None else "bool"
     return _Form(
         _classes_of(manifest, graph, sender),
-        _shape_of(manifest, graph, sender),
-        np.dtype("float32" if piece is None else manifest.entry(piece).output.dtype),
+        _shape_of(manifest, graph, sender, kind),
+        np.dtype(dtype),
     )
 
 
@@ -776,7 +814,7 @@ def _problems(manifest: Manifest, strategy: Strategy) -> list[str]:
                         f"node {node.name!r}: its network {what} {size}, not one a node"
                     )
         elif heard and node.fusion is not None and node.fusion not in ANSWER_FUSIONS:
-            shapes = [_shape_of(manifest, strategy, x) or () for x in heard]
+            shapes = [shape or () for shape in _shapes_heard(manifest, strategy, node)]
             shape = fused_shape(node.fusion, shapes)
             if shape is None:
                 problems.append(f"node {node.name!r}: {node.fusion.value} cannot fuse {shapes}")
@@ -787,7 +825,7 @@ def _problems(manifest: Manifest, strategy: Strategy) -> list[str]:
             problems.append(f"node {node.name!r} takes {takes}, frames are {manifest.frame.shape}")
         if node.tier in exit_tiers and node.fusion not in ANSWER_FUSIONS:
             rule = None if node.piece is None else manifest.plan.piece(node.piece).answer
-            size = _shape_of(manifest, strategy, node)
+            size = _shape_of(manifest, strategy, node, MessageKind.SCORES)
             if rule is None and int(np.prod(size or ())) != len(manifest.plan.classes):
                 problems.append(
                     f"node {node.name!r} must decide, but has {size} values for "
@@ -831,7 +869,6 @@ def _place(
             if listener.device != device:
                 elsewhere.add(kind)
         rule = None if node.piece is None else manifest.plan.piece(node.piece).answer
-        shapes = tuple(_shape_of(manifest, strategy, strategy.node(x)) for x in node.listens_to)
         placed.append(
             _LocalNode(
                 strategy=index,
@@ -846,7 +883,7 @@ def _place(
                 gather=Gather(int(manifest.plan_id, 16), index, sources, roster, max_open)
                 if sources
                 else None,
-                shapes=tuple(shape or () for shape in shapes),
+                shapes=tuple(shape or () for shape in _shapes_heard(manifest, strategy, node)),
                 at_once=frozenset(at_once),
                 on_demand={tier: frozenset(kinds) for tier, kinds in on_demand.items()},
                 elsewhere=frozenset(elsewhere),

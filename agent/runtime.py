@@ -40,7 +40,10 @@ PIP_LINE = (
 
 
 class _Backend(Protocol):
-    """One interpreter. Arrays carry the batch axis; `read` may return a view of its memory."""
+    """One interpreter. Arrays carry the batch axis; `read` may return a view of its memory.
+
+    Inputs and outputs are numbered as the .tflite lists them.
+    """
 
     def write(self, index: int, values: NDArray[np.generic]) -> None: ...
 
@@ -48,9 +51,9 @@ class _Backend(Protocol):
 
     def invoke(self) -> None: ...
 
-    def read(self) -> NDArray[np.generic]: ...
+    def read(self, index: int) -> NDArray[np.generic]: ...
 
-    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    def describe(self) -> tuple[dict[str, Any], list[dict[str, Any]]]: ...
 
 
 class LoadedPiece:
@@ -78,6 +81,7 @@ class LoadedPiece:
         self.simulated = simulated
         self.notice = notice
         self._backend = backend
+        self._outputs = tuple(spec.index for spec in entry.outputs)
         self._frame = frame
         self._expected = entry.input.shape[1:] if frame is None else frame.shape
         self._dtype = np.dtype("float32" if frame is None else frame.dtype)
@@ -94,7 +98,7 @@ class LoadedPiece:
                 batch axis.
 
         Returns:
-            The output without the batch axis, float32 (dequantized).
+            The output (`PieceEntry.output`) without the batch axis, float32 (dequantized).
 
         Raises:
             DataError: wrong shape or dtype, NaN or infinity.
@@ -103,6 +107,14 @@ class LoadedPiece:
 
     def run_stored(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
         """As `run`, but the output as the model stores it: int8, or float32 in float pieces."""
+        return self.run_outputs(values)[0]
+
+    def run_outputs(self, values: NDArray[np.generic]) -> tuple[NDArray[np.generic], ...]:
+        """One inference: every tensor of `PieceEntry.outputs`, as the model stores it.
+
+        Args and errors as of `run`. One array, or two where the piece has features beside its
+        output; without the batch axis.
+        """
         if values.shape != self._expected or values.dtype != self._dtype:
             raise DataError(
                 f"piece {self.entry.name!r} takes {self._dtype.name} {self._expected}, "
@@ -113,8 +125,7 @@ class LoadedPiece:
         else:
             self._backend.write(0, self._stored_input(values)[np.newaxis])
         self._backend.invoke()
-        output: NDArray[np.generic] = self._backend.read()[0]
-        return output.copy()
+        return tuple(self._backend.read(index)[0].copy() for index in self._outputs)
 
     def _stored_input(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
         if values.dtype == np.float32 and not np.isfinite(values).all():
@@ -160,7 +171,7 @@ def load_piece(
     content = (Path(bundle) / entry.model.path).read_bytes()
     try:
         backend = _start(chosen, content, entry)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:
         raise BundleMismatch(
             f"{entry.model.path}: {chosen.value} cannot load it: {error}", "export the bundle again"
         ) from error
@@ -217,7 +228,7 @@ def _notice(asked: Runtime, chosen: Runtime) -> str | None:
 
 def _start(runtime: Runtime, content: bytes, entry: PieceEntry) -> _Backend:
     if runtime is Runtime.TFLITE_MICRO:
-        return _Micro(content, entry.arena_bytes)
+        return _Micro(content, entry)
     return _Lite(f"{_MODULES[runtime]}.interpreter", content)
 
 
@@ -233,11 +244,13 @@ class _Lite:
             self._interpreter.get_input_details(),
             self._interpreter.get_output_details(),
         )
-        self._details = (inputs[0], outputs[0])
+        self._details = (inputs[0], outputs)
         self._inputs: list[Callable[[], NDArray[Any]]] = [
             self._interpreter.tensor(item["index"]) for item in inputs
         ]
-        self._output: Callable[[], NDArray[Any]] = self._interpreter.tensor(outputs[0]["index"])
+        self._outputs: list[Callable[[], NDArray[Any]]] = [
+            self._interpreter.tensor(item["index"]) for item in outputs
+        ]
 
     # No view of the interpreter's memory may be alive when it is invoked.
 
@@ -250,25 +263,29 @@ class _Lite:
     def invoke(self) -> None:
         self._interpreter.invoke()
 
-    def read(self) -> NDArray[np.generic]:
-        return self._output()
+    def read(self, index: int) -> NDArray[np.generic]:
+        return self._outputs[index]()
 
-    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def describe(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return self._details
 
 
 class _Micro:
     """TFLite-Micro built for this machine."""
 
-    def __init__(self, content: bytes, arena_bytes: int | None) -> None:
+    def __init__(self, content: bytes, entry: PieceEntry) -> None:
         module = importlib.import_module("tflite_micro.python.tflite_micro.runtime")
         # Room for the recording allocator on top of what the piece itself was measured to need.
-        arena = max(2 * (arena_bytes or 0), 10 * len(content), 65_536)
+        arena = max(2 * (entry.arena_bytes or 0), 10 * len(content), 65_536)
         self._content = content  # the interpreter reads the weights from here
         self._interpreter = module.Interpreter.from_bytes(content, arena_size=arena)
         details = self._interpreter.get_input_details(0)
         self._input: NDArray[Any] = np.zeros(tuple(details["shape"]), details["dtype"])
-        self._details = (details, self._interpreter.get_output_details(0))
+        count = 1 + max(spec.index for spec in entry.outputs)
+        self._details = (
+            details,
+            [self._interpreter.get_output_details(index) for index in range(count)],
+        )
 
     def write(self, index: int, values: NDArray[np.generic]) -> None:
         self._interpreter.set_input(np.ascontiguousarray(values), index)
@@ -280,11 +297,11 @@ class _Micro:
     def invoke(self) -> None:
         self._interpreter.invoke()
 
-    def read(self) -> NDArray[np.generic]:
-        values: NDArray[np.generic] = self._interpreter.get_output(0)
+    def read(self, index: int) -> NDArray[np.generic]:
+        values: NDArray[np.generic] = self._interpreter.get_output(index)
         return values
 
-    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def describe(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return self._details
 
 
@@ -299,7 +316,17 @@ def _look_up(table: NDArray[np.int8], frame: NDArray[np.uint8], out: NDArray[np.
 
 def _check_tensors(entry: PieceEntry, frame: FrameSpec | None, backend: _Backend) -> None:
     findings = []
-    for spec, found in zip((entry.input, entry.output), backend.describe(), strict=True):
+    taken, given = backend.describe()
+    compared = [(entry.input, taken)]
+    for spec in entry.outputs:
+        if spec.index < len(given):
+            compared.append((spec, given[spec.index]))
+        else:
+            findings.append(
+                f"{entry.model.path}: has {len(given)} outputs, not one of index {spec.index}, "
+                f"{spec.name!r}, as the manifest says"
+            )
+    for spec, found in compared:
         shape, dtype = tuple(int(n) for n in found["shape"]), np.dtype(found["dtype"])
         same = shape == spec.shape and dtype == np.dtype(spec.dtype)
         if same and spec.dtype == "int8":

@@ -34,8 +34,12 @@ from agent.protocol.messages import (
 from agent.protocol.plan import Exit, Node, Piece, Plan, Strategy
 
 FRAME_SHAPE = (4,)
-Compute = Callable[[NDArray[np.float32]], NDArray[np.generic]]
-"""What a piece computes: the input as it is stored in, the output as it is stored out."""
+Stored = NDArray[np.generic]
+Compute = Callable[[NDArray[np.float32]], Stored | tuple[Stored, Stored]]
+"""What a piece computes: the input as it is stored in, the output as it is stored out.
+
+A pair: the output, and the features that the piece has beside it.
+"""
 
 
 def entry(
@@ -186,7 +190,8 @@ class Engines:
             stored = self._compute[run.piece](run.values.astype(np.float32))
         except ArithmeticError:
             return self.of[device].failed(run)
-        return self.of[device].ran(run, stored, 10, 1000)
+        output, *features = stored if isinstance(stored, tuple) else (stored,)
+        return self.of[device].ran(run, output, 10, 1000, *features)
 
     def _deliver(self, sender: str, payload: bytes) -> list[tuple[str, Effect]]:
         effects: list[tuple[str, Effect]] = []

@@ -409,14 +409,14 @@ def test_slow_piece_runs_on_the_worker_and_the_newest_request_wins(
     monkeypatch.setattr("agent.device.QUEUED_RUNS", 1)
     held, entered = threading.Event(), threading.Event()
     eye = RunningDevice(bundle, "eye-0", fresh, stop=threading.Event())
-    quick = eye._pieces["snn-0"].run_stored
+    quick = eye._pieces["snn-0"].run_outputs
 
-    def slow(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    def slow(values: NDArray[np.generic]) -> tuple[NDArray[np.generic], ...]:
         entered.set()
         assert held.wait(10.0)
         return quick(values)
 
-    monkeypatch.setattr(eye._pieces["snn-0"], "run_stored", slow)
+    monkeypatch.setattr(eye._pieces["snn-0"], "run_outputs", slow)
     manifest = read_manifest(bundle)
     answers: list[bytes] = []
     try:

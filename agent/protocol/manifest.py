@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from .errors import BundleMismatch, ManifestError
-from .plan import Contract, Hex32, Name, Piece, Plan
+from .plan import Contract, Hex32, Name, Output, Piece, Plan
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
@@ -42,6 +42,10 @@ class TensorSpec(Contract):
 
     Attributes:
         shape: With the batch axis, always 1.
+        index: Which of the model's inputs or outputs it is, in the order that the .tflite lists
+            them: runtimes have no other name for it in common.
+        levels: The two real values that a binary output takes, the lower first; it then travels as
+            bits, eight to a byte (see `to_bits`). None: it travels as it is stored.
     """
 
     name: str
@@ -49,6 +53,14 @@ class TensorSpec(Contract):
     dtype: Literal["int8", "float32"]
     scale: Annotated[float, Field(gt=0)] = 1.0
     zero_point: int = 0
+    index: Count = 0
+    levels: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _levels_differ(self) -> Self:
+        if self.levels is not None and not self.levels[0] < self.levels[1]:
+            raise ValueError(f"levels {self.levels} are not a lower and a higher value")
+        return self
 
 
 class FrameSpec(Contract):
@@ -115,6 +127,9 @@ class PieceEntry(Contract):
     Attributes:
         model: The .tflite that the agent loads.
         files: What else was written for it (C array, sample main).
+        output: The logits or scores; of a piece that gives features alone, the features.
+        features: The features of a piece that gives them beside an answer or scores. None although
+            the plan says so: one tensor is both.
         arena_bytes: Measured TFLite-Micro arena on a 64-bit host, an upper bound for a 32-bit
             target; None where TFLite-Micro was not available or cannot run the piece.
     """
@@ -124,10 +139,28 @@ class PieceEntry(Contract):
     files: tuple[Artifact, ...] = ()
     input: TensorSpec
     output: TensorSpec
+    features: TensorSpec | None = None
     operators: tuple[str, ...]
     estimated: Estimate
     arena_bytes: Count | None
     verification: tuple[RuntimeCheck, ...]
+
+    @model_validator(mode="after")
+    def _outputs_differ(self) -> Self:
+        if self.features is not None and self.features.index == self.output.index:
+            raise ValueError(f"output {self.output.index} of the model cannot be both")
+        return self
+
+    def tensor(self, output: Output) -> TensorSpec:
+        """The tensor that holds one of the piece's outputs."""
+        if output is Output.FEATURES and self.features is not None:
+            return self.features
+        return self.output
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Every tensor that a run gives: `output`, and `features` where there is one."""
+        return (self.output,) if self.features is None else (self.output, self.features)
 
 
 class Figure(Contract):
@@ -166,6 +199,15 @@ class Manifest(Contract):
         listed = [entry.name for entry in self.pieces]
         if set(listed) != planned or len(listed) != len(planned):
             raise ValueError(f"pieces {listed} are not the plan's {sorted(planned)}")
+        for piece in self.plan.pieces:
+            gives = set(piece.outputs)
+            if self.entry(piece.name).features is not None and (
+                Output.FEATURES not in gives or len(gives) == 1
+            ):
+                raise ValueError(
+                    f"piece {piece.name!r} has a tensor of features beside its output, "
+                    f"but the plan says that it gives {sorted(x.value for x in gives)}"
+                )
         if self.plan_id != plan_id(self.plan, self.frame, self.pieces):
             raise ValueError("plan_id does not belong to this plan and these pieces")
         return self
@@ -197,6 +239,9 @@ def plan_id(plan: Plan, frame: FrameSpec, pieces: Iterable[PieceEntry]) -> str:
     digest.update(canonical_json(frame.model_dump(mode="json")))
     for entry in sorted(pieces, key=lambda entry: entry.name):
         digest.update(f"{entry.name}={entry.model.sha256};".encode())
+        if entry.features is not None or entry.output.levels is not None:
+            levels = [tensor.levels for tensor in entry.outputs]
+            digest.update(canonical_json(levels))
     return digest.hexdigest()[:8]
 
 

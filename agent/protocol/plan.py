@@ -112,6 +112,10 @@ class Node(Contract):
         name: Unique in its strategy; a device may have a node on several tiers.
         piece: The piece it runs: on the frame if it listens to nobody, else on what it fused.
             `entropy_mlp` names its network here. None = it only fuses.
+        fusion: `concat` holds 0 for who is absent: no vote, between the -1 and +1 of binary
+            features, and for scores what training must feed for an absent device.
+        takes: What it fuses of nodes that give both scores and features. None: features if it runs
+            a piece, else scores.
     """
 
     name: Name
@@ -120,6 +124,7 @@ class Node(Contract):
     piece: Name | None = None
     listens_to: tuple[Name, ...] = ()
     fusion: Fusion | None = None
+    takes: Literal["scores", "features"] | None = None
 
     @model_validator(mode="after")
     def _fuses_what_it_hears(self) -> Self:
@@ -129,6 +134,8 @@ class Node(Contract):
             raise ValueError("a node must run a piece or fuse")
         if self.fusion is Fusion.ENTROPY_MLP and self.piece is None:
             raise ValueError("entropy_mlp needs the piece that holds its network")
+        if self.takes is not None and (self.fusion is None or self.fusion in ANSWER_FUSIONS):
+            raise ValueError("`takes` is for nodes that fuse scores or features")
         return self
 
 

@@ -64,6 +64,41 @@ def dequantize(stored: NDArray[np.generic], spec: TensorSpec) -> NDArray[np.floa
     return real
 
 
+def to_bits(stored: NDArray[np.generic], spec: TensorSpec) -> NDArray[np.bool_]:
+    """A binary output as bits: True where it is nearer to the higher of its two levels.
+
+    Args:
+        stored: Any shape, int8 or float32 as `spec.dtype` says.
+        spec: An output with `levels`.
+
+    Returns:
+        Same shape, bool.
+    """
+    low, high = _levels(spec)
+    bits: NDArray[np.bool_] = dequantize(stored, spec) > np.float32((low + high) / 2)
+    return bits
+
+
+def from_bits(bits: NDArray[np.generic], spec: TensorSpec) -> NDArray[np.float32]:
+    """The real numbers that bits stand for: the lower level for False, the higher for True.
+
+    Args:
+        bits: Any shape, bool.
+        spec: The output with `levels` that they come from.
+
+    Returns:
+        Same shape, float32.
+    """
+    low, high = _levels(spec)
+    return np.where(bits, np.float32(high), np.float32(low))
+
+
+def _levels(spec: TensorSpec) -> tuple[float, float]:
+    if spec.levels is None:
+        raise ValueError(f"output {spec.name!r} has no levels")
+    return spec.levels
+
+
 def row_dequantizer(spec: TensorSpec) -> Callable[[NDArray[np.generic]], list[float]]:
     """`dequantize` for small outputs one at a time: a flat list, looked up instead of reckoned."""
     if spec.dtype == "float32":
