@@ -12,7 +12,7 @@ import pytest
 
 from agent.protocol.errors import DataError
 from agent.protocol.scores import answer, outcome_probabilities
-from exporter.methods.snn.distill import DistillOptions, distill
+from exporter.methods.snn.distill import DistillOptions, base_logits, distill
 from exporter.methods.snn.masked import forward
 from exporter.methods.snn.profile import BaseProfile, make_profile
 from exporter.methods.snn.prune import PruneOptions, Rows, build, prune
@@ -40,7 +40,11 @@ def test_distilled_network_has_a_rest_row_and_recovers_accuracy(base, profile):
     small = build(base, pruned)
 
     found = distill(
-        base, small, pruned, X[TRAINED], options=DistillOptions(epochs=4, batch=50, rate=1e-3)
+        base,
+        small,
+        pruned,
+        X[TRAINED],
+        options=DistillOptions(epochs=4, batch=50, rate=1e-3, foreign_weight=None),
     )
 
     assert found.rows == (1, 4, 6, "rest")
@@ -53,7 +57,7 @@ def test_distilled_network_has_a_rest_row_and_recovers_accuracy(base, profile):
 
 def test_rest_row_starts_as_the_log_sum_of_foreign_rows(base, profile):
     pruned = prune(profile, (1, 4, 6), options=PruneOptions(target_ratio=1.0))
-    options = DistillOptions(epochs=1, rate=1e-12, batch=50)
+    options = DistillOptions(epochs=1, rate=1e-12, batch=50, foreign_weight=None)
 
     found = distill(base, build(base, pruned), pruned, X[TRAINED], options=options)
 
@@ -64,7 +68,7 @@ def test_rest_row_starts_as_the_log_sum_of_foreign_rows(base, profile):
 
 def test_one_class_alone_can_be_distilled(base, profile):
     pruned = prune(profile, (9,), options=PruneOptions(target_ratio=0.4))
-    options = DistillOptions(epochs=2, batch=50, rate=1e-3)
+    options = DistillOptions(epochs=2, batch=50, rate=1e-3, foreign_weight=None)
 
     found = distill(base, build(base, pruned), pruned, X[TRAINED], options=options)
 
@@ -74,15 +78,42 @@ def test_one_class_alone_can_be_distilled(base, profile):
     assert said.known[Y[HELD] != 9].mean() < 0.1
 
 
-@pytest.mark.parametrize("rows", Rows)
-def test_rows_can_stay_as_they_are(base, profile, rows):
-    pruned = prune(profile, (2, 3), options=PruneOptions(target_ratio=0.4, rows=rows))
-    options = DistillOptions(epochs=1, batch=50, rest_row=False)
+def test_foreign_rows_can_stay_and_learn_to_name_foreign_classes(base, profile):
+    pruned = prune(profile, (2, 3), options=PruneOptions(target_ratio=0.15))
+    small = build(base, pruned)
+    foreign = np.flatnonzero(~np.isin(Y, pruned.classes))[-600:]
 
-    found = distill(base, build(base, pruned), pruned, X[TRAINED], options=options)
+    def named(weight: float) -> float:
+        options = DistillOptions(epochs=4, batch=50, rate=1e-3, foreign_weight=weight)
+        found = distill(base, small, pruned, X[TRAINED], options=options)
+        assert found.rows == pruned.rows == tuple(range(10))
+        logits = forward(found.model, X[foreign])
+        logits[:, pruned.classes] = -np.inf
+        return float((logits.argmax(axis=1) == Y[foreign]).mean())
 
-    assert found.rows == pruned.rows
-    assert found.model.output_shape == (None, len(pruned.rows))
+    assert named(0.5) > named(0.0) + 0.05
+
+
+def test_network_of_own_rows_gets_a_rest_row(base, profile):
+    pruned = prune(profile, (2, 3), options=PruneOptions(target_ratio=0.4, rows=Rows.OWN))
+
+    found = distill(
+        base, build(base, pruned), pruned, X[TRAINED], options=DistillOptions(epochs=1, batch=50)
+    )
+
+    assert found.rows == (2, 3, "rest")
+
+
+def test_logits_of_the_base_can_be_shared(base, profile):
+    pruned = prune(profile, (0, 5), options=PruneOptions(target_ratio=0.4))
+    small = build(base, pruned)
+    options = DistillOptions(epochs=2, batch=50, crop_pixels=1, seed=3)
+    taught = [base_logits(base, X[:400], epoch, options) for epoch in range(2)]
+
+    shared = distill(base, small, pruned, X[:400], options=options, taught=taught)
+
+    assert not np.array_equal(taught[0], taught[1])
+    assert shared.losses == distill(base, small, pruned, X[:400], options=options).losses
 
 
 def test_same_seed_same_weights(base, profile):

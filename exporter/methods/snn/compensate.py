@@ -16,7 +16,7 @@ residual network do not pile up.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -238,19 +238,22 @@ class _Compensation:
 
     def _moments(self, keras_layer: Any, layer: Layer, inputs: Floats, target: Floats) -> _Moments:
         """Weighted sums over sampled positions of all inputs."""
-        places = int(np.prod(target.shape[1:-1], dtype=int))
-        per_input = min(places, -(-self.options.samples // len(inputs)))
+        read = _Positions(keras_layer, layer, target.shape[1:-1])
+        per_input = min(read.count, -(-self.options.samples // len(inputs)))
         columns = int(np.prod(keras_layer.kernel.shape[:-1]))
         moments = _Moments(columns, target.shape[-1])
         for i in range(0, len(inputs), BATCH):
-            a = _patches(keras_layer, layer, inputs[i : i + BATCH])
-            z = target[i : i + BATCH].reshape(len(a), places, -1)
-            if per_input < places:
-                chosen = self.rng.random((len(a), places)).argpartition(per_input, axis=1)
-                chosen = chosen[:, :per_input, None]
-                a, z = np.take_along_axis(a, chosen, 1), np.take_along_axis(z, chosen, 1)
-            weights = np.repeat(self.weights[i : i + BATCH], per_input)
-            moments.add(a.reshape(-1, columns), z.reshape(len(weights), -1), weights)
+            part = inputs[i : i + BATCH]
+            chosen = np.broadcast_to(np.arange(read.count), (len(part), read.count))
+            if per_input < read.count:
+                lots = self.rng.random(chosen.shape, np.float32)
+                chosen = lots.argpartition(per_input, axis=1)[:, :per_input]
+            z = target[i : i + BATCH].reshape(len(part), read.count, -1)
+            moments.add(
+                read.patches(part, chosen).reshape(-1, columns),
+                np.take_along_axis(z, chosen[..., None], 1).reshape(-1, target.shape[-1]),
+                np.repeat(self.weights[i : i + BATCH], per_input),
+            )
         return moments
 
 
@@ -324,29 +327,57 @@ def _apply(call: TracedCall, computed: Mapping[str, Floats]) -> Floats:
     return np.concatenate(outputs)
 
 
-def _patches(keras_layer: Any, layer: Layer, inputs: Floats) -> Floats:
-    """What a layer reads at each position: (N, positions, kernel elements per output) float32."""
-    import tensorflow as tf
+class _Positions:
+    """The positions at which a layer makes its results, and what it reads there."""
 
-    if layer.op == "Dense":
-        return inputs.reshape(len(inputs), -1, inputs.shape[-1])
-    line = layer.op == "Conv1D"
-    size, strides, dilation = (
-        (1, *value) if line else value
-        for value in (keras_layer.kernel_size, keras_layer.strides, keras_layer.dilation_rate)
-    )
-    padding = keras_layer.padding
-    if padding == "causal":
-        left = dilation[1] * (size[1] - 1)
-        inputs, padding = np.pad(inputs, ((0, 0), (left, 0), (0, 0))), "valid"
-    found = tf.image.extract_patches(
-        inputs[:, None] if line else inputs,
-        (1, *size, 1),
-        (1, *strides, 1),
-        (1, *dilation, 1),
-        padding.upper(),
-    ).numpy()
-    return np.asarray(found.reshape(len(inputs), -1, found.shape[-1]))
+    def __init__(self, keras_layer: Any, layer: Layer, shape: tuple[int, ...]) -> None:
+        """Of a layer whose results have this shape, batch and channels left out."""
+        self.count = int(np.prod(shape, dtype=int))
+        self._shape = shape
+        self._convolution = layer.op != "Dense"
+        if self._convolution:
+            self._size: tuple[int, ...] = tuple(keras_layer.kernel_size)
+            self._strides: tuple[int, ...] = tuple(keras_layer.strides)
+            self._dilation: tuple[int, ...] = tuple(keras_layer.dilation_rate)
+            self._padding = str(keras_layer.padding)
+
+    def patches(self, inputs: Floats, chosen: NDArray[np.int64]) -> Floats:
+        """What is read at some positions of each input.
+
+        Args:
+            inputs: (N, ..., C) float32.
+            chosen: (N, P) positions, row-major.
+
+        Returns:
+            (N, P, K) float32, K kernel elements in the order of the kernel's axes.
+        """
+        rows = np.arange(len(inputs))[:, None]
+        if not self._convolution:
+            return np.take_along_axis(
+                inputs.reshape(len(inputs), -1, inputs.shape[-1]), chosen[..., None], 1
+            )
+        axes = tuple(range(1, len(self._shape) + 1))
+        reach = [d * (k - 1) + 1 for d, k in zip(self._dilation, self._size, strict=True)]
+        padded = np.pad(inputs, [(0, 0), *self._margins(inputs.shape, reach), (0, 0)])
+        windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=axes)
+        thinned = (slice(None), *(slice(None, None, s) for s in self._strides), slice(None))
+        spread = tuple(slice(None, None, d) for d in self._dilation)
+        windows = windows[(*thinned, *spread)]
+        found = windows[(rows, *np.unravel_index(chosen, self._shape))]  # (N, P, C, kernel)
+        return np.asarray(np.moveaxis(found, 2, -1).reshape(*chosen.shape, -1))
+
+    def _margins(self, shape: tuple[int, ...], reach: Sequence[int]) -> list[tuple[int, int]]:
+        if self._padding == "causal":
+            return [(reach[0] - 1, 0)]
+        if self._padding == "valid":
+            return [(0, 0)] * len(reach)
+        needed = [
+            max((made - 1) * stride + over - size, 0)
+            for made, stride, over, size in zip(
+                self._shape, self._strides, reach, shape[1:-1], strict=True
+            )
+        ]
+        return [(margin // 2, margin - margin // 2) for margin in needed]
 
 
 def _split_norm(norm: Any) -> tuple[list[Floats], Floats, Floats]:

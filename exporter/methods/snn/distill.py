@@ -1,10 +1,16 @@
 """Short distillation: a pruned network learns the base's outcomes, a few epochs, no labels.
 
 The loss is KL(p || q) between the base's and the small network's distribution over outcomes: each
-own class, and the rest as one. With a rest row the small network has |S| + 1 logits, the last one
-standing for the log-sum of the base's foreign ones; it starts as the linear row that fits that
-log-sum best in least squares on the calibration inputs, and is trained with the others. Batch norm
-keeps its statistics and dropout is off: in so few steps moving averages would not settle.
+own class, and the rest as one. The small network either keeps a row for each foreign class; then
+`foreign_weight` times p_rest KL(p_foreign || q_foreign) is added, over the foreign classes given
+that it is one of them, so that it can still name the likeliest one (with weight 1 the sum is the
+divergence over all classes, by the chain rule). Or it has |S| + 1 logits, the last one standing for
+the log-sum of the base's foreign ones; that row starts as the linear one that fits the log-sum best
+in least squares, and is trained with the others. Batch norm keeps its statistics and dropout is
+off: in so few steps moving averages would not settle.
+
+The views of an epoch (shifted, mirrored) depend on the seed and the epoch alone, so that what the
+base says of them is computed once for all small networks: `base_logits`.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agent.protocol.errors import DataError
 from agent.protocol.plan import AnswerRule
@@ -22,7 +29,7 @@ from agent.protocol.plan import AnswerRule
 from ...graph import layer_graph
 from ...surgery import remove_channels, without_softmax
 from .influence import log_outcomes, membership
-from .masked import Floats, feed, forward
+from .masked import BATCH, Floats, feed, forward
 from .prune import PrunedSnn
 
 if TYPE_CHECKING:
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
 Row = int | Literal["rest"]
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises."""
+REST_ROW_INPUTS = 4_096
+"""Inputs that the first weights of a rest row are fitted on, at most."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class DistillOptions:
             suits a compensated network, a more damaged one bears 1e-3.
         own_weight: Share of the loss on inputs that the base takes for an own class; None = each
             input counts the same.
-        rest_row: The network ends in own classes and one row for the rest; else rows stay.
+        foreign_weight: Weight of telling foreign classes apart; None = the network ends in own
+            classes and one row for the rest. Without effect where no foreign row is left.
         crop_pixels: Images are shifted by up to so many pixels both ways, zeros move in.
         flip: Images are mirrored left to right half the time.
         seed: Of order and augmentation.
@@ -54,7 +64,7 @@ class DistillOptions:
     batch: int = 128
     rate: float = 1e-4
     own_weight: float | None = None
-    rest_row: bool = True
+    foreign_weight: float | None = 0.1
     crop_pixels: int = 0
     flip: bool = False
     seed: int = 0
@@ -70,6 +80,8 @@ class DistillOptions:
             problems.append(f"rate must be positive, is {self.rate}")
         if self.own_weight is not None and not 0 < self.own_weight < 1:
             problems.append(f"own_weight must be in (0, 1), is {self.own_weight}")
+        if self.foreign_weight is not None and not self.foreign_weight >= 0:
+            problems.append(f"foreign_weight must not be negative, is {self.foreign_weight}")
         if self.crop_pixels < 0:
             problems.append(f"crop_pixels must not be negative, is {self.crop_pixels}")
         if problems:
@@ -106,6 +118,7 @@ def distill(
     x: Floats,
     *,
     options: DistillOptions | None = None,
+    taught: Sequence[Floats] | None = None,
 ) -> Distilled:
     """Teach a pruned network the base's outcomes.
 
@@ -117,6 +130,7 @@ def distill(
         pruned: What stayed.
         x: (N, ...) float32 model inputs; labels are not needed. At least one batch.
         options: How.
+        taught: `base_logits` of every epoch; None = they are computed here.
 
     Raises:
         DataError: fewer inputs than a batch, or augmentation of inputs that are no images.
@@ -125,6 +139,37 @@ def distill(
 
     options = options or DistillOptions()
     x = np.asarray(x, np.float32)
+    _check(x, options)
+    if taught is None:
+        taught = [base_logits(base, x, epoch, options) for epoch in range(options.epochs)]
+    foreign = set(range(taught[0].shape[1])) - set(pruned.classes)
+    rows: tuple[Row, ...] = pruned.rows
+    if foreign and (options.foreign_weight is None or len(rows) == len(pruned.classes)):
+        rows = (*pruned.classes, "rest")
+        student = _with_rest_row(without_softmax(base), small, pruned, x[:REST_ROW_INPUTS])
+    else:
+        student = keras.models.clone_model(small)
+        student.set_weights(small.get_weights())
+    losses = _Course(student, pruned.classes, rows, x, taught, options).run()
+    return Distilled(student, pruned.classes, rows, losses)
+
+
+def base_logits(base: keras.Model, x: Floats, epoch: int, options: DistillOptions) -> Floats:
+    """What the base says of the views of one epoch: (N, C) float32 logits, in the order of `x`.
+
+    Raises:
+        DataError: as `distill`.
+    """
+    _check(x, options)
+    teacher, views = without_softmax(base), _Views(len(x), epoch, options)
+    parts = [
+        forward(teacher, views.of(x, np.arange(i, min(i + BATCH, len(x)))))
+        for i in range(0, len(x), BATCH)
+    ]
+    return np.concatenate(parts)
+
+
+def _check(x: Floats, options: DistillOptions) -> None:
     if len(x) < options.batch:
         raise DataError(
             f"{len(x)} inputs are fewer than one batch of {options.batch}",
@@ -135,18 +180,32 @@ def distill(
             f"inputs of shape {x.shape[1:]} are no images: they cannot be shifted or mirrored",
             "leave crop_pixels and flip off",
         )
-    teacher = without_softmax(base)
-    wanted = set(range(int(teacher.output_shape[-1]))) - set(pruned.classes)
-    rest_row = options.rest_row and bool(wanted)
-    rows: tuple[Row, ...] = pruned.rows
-    if rest_row:
-        rows = (*pruned.classes, "rest")
-        student = _with_rest_row(teacher, small, pruned, x)
-    else:
-        student = keras.models.clone_model(small)
-        student.set_weights(small.get_weights())
-    losses = _Course(teacher, student, pruned.classes, rows, x, options).run()
-    return Distilled(student, pruned.classes, rows, losses)
+
+
+class _Views:
+    """How the inputs of one epoch are shifted and mirrored, and the order they come in."""
+
+    def __init__(self, inputs: int, epoch: int, options: DistillOptions) -> None:
+        rng = np.random.default_rng([options.seed, epoch])
+        self.order = rng.permutation(inputs)
+        self._pixels = options.crop_pixels
+        self._shifts = rng.integers(0, 2 * self._pixels + 1, (inputs, 2))
+        self._mirrored = (rng.random(inputs) < 0.5) & options.flip
+
+    def of(self, x: Floats, chosen: NDArray[np.int64]) -> Floats:
+        """The views of some inputs: (len(chosen), ...) float32."""
+        images = x[chosen]
+        if self._pixels:
+            p = self._pixels
+            height, width = images.shape[1:3]
+            padded = np.pad(images, ((0, 0), (p, p), (p, p), (0, 0)))
+            windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
+            tops, lefts = self._shifts[chosen].T
+            images = np.moveaxis(windows[np.arange(len(chosen)), tops, lefts], 1, -1)
+        mirrored = self._mirrored[chosen]
+        if mirrored.any():
+            images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+        return np.ascontiguousarray(images)
 
 
 def _outcomes(classes: Sequence[int], rows: Sequence[Row]) -> Floats:
@@ -196,28 +255,25 @@ class _Course:
 
     def __init__(
         self,
-        teacher: keras.Model,
         student: keras.Model,
         classes: tuple[int, ...],
         rows: tuple[Row, ...],
         x: Floats,
+        taught: Sequence[Floats],
         options: DistillOptions,
     ) -> None:
-        self.teacher, self.student, self.options, self.x = teacher, student, options, x
-        everyone = tuple(range(int(teacher.output_shape[-1])))
-        # A network with own rows only learns to tell those apart: the rest has no row to show in.
-        shown = everyone if len(rows) > len(classes) else classes
-        foreign = [c for c in shown if c not in classes]
-        self.taught = membership(len(everyone), classes, foreign)
+        self.student, self.taught, self.options, self.x = student, taught, options, x
+        everyone = taught[0].shape[1]
+        self.foreign = [c for c in range(everyone) if c not in classes]
+        self.wanted = membership(everyone, classes, self.foreign)
         self.learnt = _outcomes(classes, rows)
-        self.rng = np.random.default_rng(options.seed)
-        own = np.isin(forward(teacher, x).argmax(axis=1), classes)
-        self.weights = np.ones(len(x))
-        if not foreign:
-            self.weights = own.astype(np.float64) / max(own.mean(), 1 / len(x))
-        elif options.own_weight is not None and own.any() and not own.all():
+        self.foreign_rows = [rows.index(c) for c in self.foreign if c in rows]
+        own = np.isin(taught[0].argmax(axis=1), classes)
+        self.weights = np.ones(len(x), np.float32)
+        if options.own_weight is not None and own.any() and not own.all():
             share = options.own_weight
-            self.weights = np.where(own, share / own.mean(), (1 - share) / (~own).mean())
+            weights = np.where(own, share / own.mean(), (1 - share) / (~own).mean())
+            self.weights = weights.astype(np.float32)
 
     def run(self) -> tuple[float, ...]:
         import keras
@@ -229,53 +285,49 @@ class _Course:
         optimizer.build(self.student.trainable_variables)
         step = self._trace(optimizer)
         losses = []
-        done = 0
-        for _ in range(options.epochs):
-            order = self.rng.permutation(len(self.x))[: per_epoch * options.batch]
+        for epoch in range(options.epochs):
+            views, taught = _Views(len(self.x), epoch, options), self.taught[epoch]
+            order = views.order[: per_epoch * options.batch].reshape(per_epoch, options.batch)
             sum_of_losses = 0.0
-            for chosen in order.reshape(per_epoch, options.batch):
+            for done, chosen in enumerate(order, epoch * per_epoch):
                 optimizer.learning_rate.assign(options.rate * _schedule(done / total))
-                batch = self._augment(self.x[chosen])
-                sum_of_losses += float(step(batch, self.weights[chosen].astype(np.float32)))
-                done += 1
+                batch = views.of(self.x, chosen)
+                sum_of_losses += float(step(batch, taught[chosen], self.weights[chosen]))
             losses.append(sum_of_losses / per_epoch)
         return tuple(losses)
 
     def _trace(self, optimizer: Any) -> Any:
         import tensorflow as tf
 
-        teacher, student = self.teacher, self.student
-        taught, learnt = tf.constant(self.taught), tf.constant(self.learnt)
+        student, foreign, rows = self.student, self.foreign, self.foreign_rows
+        wanted, learnt = tf.constant(self.wanted), tf.constant(self.learnt)
         variables = student.trainable_variables
+        # One foreign class alone is the rest: there is nothing to tell apart.
+        apart = self.options.foreign_weight if len(rows) > 1 else None
 
-        def step(x: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-            target = log_outcomes(feed(teacher, x, training=False), taught)
+        def step(x: tf.Tensor, taught: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+            log_p = log_outcomes(taught, wanted)
             with tf.GradientTape() as tape:
-                log_q = log_outcomes(feed(student, x, training=False), learnt)
-                divergence = tf.reduce_sum(tf.exp(target) * (target - log_q), 1)
+                logits = feed(student, x, training=False)
+                divergence = _divergence(log_p, log_outcomes(logits, learnt))
+                if apart:
+                    given_foreign = _divergence(
+                        tf.nn.log_softmax(tf.gather(taught, foreign, axis=1)),
+                        tf.nn.log_softmax(tf.gather(logits, rows, axis=1)),
+                    )
+                    divergence += apart * tf.exp(log_p[:, -1]) * given_foreign
                 loss = tf.reduce_mean(weights * divergence)
             optimizer.apply(tape.gradient(loss, variables), variables)
             return loss
 
         return tf.function(step, reduce_retracing=True)
 
-    def _augment(self, images: Floats) -> Floats:
-        options = self.options
-        if options.crop_pixels:
-            p = options.crop_pixels
-            height, width = images.shape[1:3]
-            padded = np.pad(images, ((0, 0), (p, p), (p, p), (0, 0)))
-            tops, lefts = self.rng.integers(0, 2 * p + 1, (2, len(images)))
-            images = np.stack(
-                [
-                    padded[i, top : top + height, left : left + width]
-                    for i, (top, left) in enumerate(zip(tops, lefts, strict=True))
-                ]
-            )
-        if options.flip:
-            mirrored = self.rng.random(len(images)) < 0.5
-            images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-        return np.ascontiguousarray(images)
+
+def _divergence(log_p: Any, log_q: Any) -> Any:
+    """KL(p || q) of each row, nats: (N, K) and (N, K) to (N,)."""
+    import tensorflow as tf
+
+    return tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), 1)
 
 
 def _schedule(progress: float) -> float:

@@ -16,7 +16,7 @@ from exporter.surgery import without_softmax
 
 from .candidates import SubsetSearch
 from .compensate import compensate
-from .distill import Row, distill
+from .distill import DistillOptions, Row, base_logits, distill
 from .masked import Floats
 from .options import Snn, SnnOptions, plain
 from .prune import build
@@ -27,15 +27,52 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class _Lessons:
+    """What a worker needs to say what the base says of the views of one epoch."""
+
+    base: keras.Model
+    options: DistillOptions
+    frames: NDArray[Any]
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    @cached_property
+    def inputs(self) -> Floats:
+        """(N, ...) float32 model inputs."""
+        inputs = self.frames.astype(np.float32)
+        inputs *= np.asarray(self.scale, np.float32)
+        inputs += np.asarray(self.offset, np.float32)
+        return inputs
+
+    @cached_property
+    def data(self) -> str:
+        """Key of the base, the inputs and the options."""
+        return content_key(
+            version=version("shoal"),
+            base=[np.asarray(w) for w in self.base.get_weights()],
+            distill=plain(self.options),
+            frames=self.frames,
+            preprocessing=[list(self.scale), list(self.offset)],
+        )
+
+    def key(self, epoch: int) -> str:
+        """Of what the logits of this epoch depend on."""
+        return content_key(what="lessons", data=self.data, epoch=epoch)
+
+
+def _lesson(work: _Lessons, epoch: int) -> dict[str, NDArray[Any]]:
+    return {"logits": base_logits(work.base, work.inputs, epoch, work.options)}
+
+
+@dataclass(frozen=True, eq=False)
 class _Retraining:
     """What a worker needs to compensate and distill any of the SNNs."""
 
     base: keras.Model
     options: SnnOptions
     held_out: Floats
-    frames: NDArray[Any]
-    scale: tuple[float, ...]
-    offset: tuple[float, ...]
+    lessons: _Lessons | None
+    taught: tuple[Floats, ...]
 
     def key(self, snn: Snn) -> str:
         """Of what the result for this SNN depends on."""
@@ -50,10 +87,8 @@ class _Retraining:
             version=version("shoal"),
             base=[np.asarray(w) for w in self.base.get_weights()],
             compensate=plain(self.options.compensate),
-            distill=plain(self.options.distill),
             held_out=self.held_out,
-            frames=self.frames,
-            preprocessing=[list(self.scale), list(self.offset)],
+            lessons=None if self.lessons is None else self.lessons.data,
         )
 
 
@@ -66,10 +101,15 @@ def _retrain_one(work: _Retraining, snn: Snn) -> dict[str, NDArray[Any]]:
             work.base, model, snn.pruned, work.held_out, options=work.options.compensate
         )
         model = compensated.model
-    if work.options.distill is not None:
-        inputs = work.frames.astype(np.float32) * np.asarray(work.scale, np.float32)
-        inputs += np.asarray(work.offset, np.float32)
-        distilled = distill(work.base, model, snn.pruned, inputs, options=work.options.distill)
+    if work.lessons is not None:
+        distilled = distill(
+            work.base,
+            model,
+            snn.pruned,
+            work.lessons.inputs,
+            options=work.lessons.options,
+            taught=work.taught,
+        )
         model, rows = distilled.model, distilled.rows
     weights = {f"weight/{i:04d}": np.asarray(w) for i, w in enumerate(model.get_weights())}
     return {
@@ -85,12 +125,25 @@ def retrained(
     """The SNNs compensated and distilled, in parallel, and their networks."""
     import keras
 
-    options = search.options
-    order = np.random.default_rng(options.seed).permutation(len(data.train))
-    frames = data.train.frames[np.sort(order[: options.distill_samples])]
-    work = _Retraining(
-        without_softmax(base), options, held_out, frames, data.frame.scale, data.frame.offset
-    )
+    options, teacher = search.options, without_softmax(base)
+    lessons: _Lessons | None = None
+    taught: tuple[Floats, ...] = ()
+    if options.distill is not None:
+        order = np.random.default_rng(options.seed).permutation(len(data.train))
+        frames = data.train.frames[np.sort(order[: options.distill_samples])]
+        lessons = _Lessons(teacher, options.distill, frames, data.frame.scale, data.frame.offset)
+        found = map_cached(
+            _lesson,
+            lessons,
+            range(options.distill.epochs),
+            lessons.key,
+            cache=search.cache,
+            workers=search.workers,
+            progress=search.progress,
+            what="ask the base about training views",
+        )
+        taught = tuple(x["logits"] for x in found)
+    work = _Retraining(teacher, options, held_out, lessons, taught)
     results = map_cached(
         _retrain_one,
         work,
@@ -99,7 +152,7 @@ def retrained(
         cache=search.cache,
         workers=search.workers,
         progress=search.progress,
-        what="distill" if options.distill is not None else "compensate",
+        what="compensate" if lessons is None else "distill",
     )
     models, finished = [], []
     for snn, result in zip(snns, results, strict=True):
