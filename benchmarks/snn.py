@@ -1,6 +1,6 @@
 """Edge^nAI's tables: accuracy and size of class-pruned fleets, ranking of candidates, their cost.
 
-    python -m benchmarks.snn table vgg16_cifar10 [--steps pruned compensated distilled] [--seeds 1]
+    python -m benchmarks.snn table vgg16_cifar10 [--steps own pruned compensated distilled] [-n 2 5]
     python -m benchmarks.snn ranking vgg16_cifar10
 
 Everything goes through the code that `shoal export` runs: partition search, pruning, int8
@@ -23,6 +23,7 @@ import numpy as np
 from agent.protocol.fleet import Fleet
 from agent.protocol.manifest import FrameSpec
 from benchmarks.datasets import ROOT, SHARED, npz_path
+from benchmarks.record import circumstances
 from exporter.data import DataSet, Split
 from exporter.methods.snn.candidates import Scorers, prune_one
 from exporter.methods.snn.compensate import CompensateOptions
@@ -43,7 +44,13 @@ KEEP = {2: 0.50, 5: 0.40, 10: 0.30}
 RANKED_KEEP = 0.4
 TIMED = 2
 """Candidates that are evaluated for real once more, alone, to time it."""
-STEPS = ("pruned", "compensated", "distilled")
+STEPS = ("own", "pruned", "compensated", "distilled")
+"""`own`: pruned only, and the entropy over the own classes alone, as the paper writes it."""
+FUSIONS = {
+    "min_entropy": "lowest entropy",
+    "max_confidence": "highest softmax",
+    "entropy_mlp": "network",
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,11 @@ class Base:
 
     Attributes:
         load: () -> (Keras model, DataSet).
-        steps: Which steps are worth a row.
         distill: How the last step trains.
+        distill_samples: Training images for that.
         candidates: Partitions evaluated for real.
+        prune_samples: Images that pruning decides by.
+        quick: Prune in larger steps.
     """
 
     load: Callable[[], tuple[Any, DataSet]]
@@ -62,6 +71,7 @@ class Base:
     distill_samples: int
     candidates: int = 3
     prune_samples: int = 2_000
+    quick: bool = False
 
 
 def _committed(name: str, held_out: int) -> Callable[[], tuple[Any, DataSet]]:
@@ -111,7 +121,14 @@ def _resnet56() -> tuple[Any, DataSet]:
 SMALL_IMAGES = DistillOptions(epochs=3, crop_pixels=2, flip=True)
 BASE_NETWORKS = {
     "vgg16_cifar10": Base(_committed("vgg16_cifar10", 5_000), SMALL_IMAGES, 15_000, candidates=1),
-    "resnet56_cifar10": Base(_resnet56, SMALL_IMAGES, 12_000, candidates=1),
+    "resnet56_cifar10": Base(
+        _resnet56,
+        replace(SMALL_IMAGES, rate=1e-3),
+        50_000,
+        candidates=1,
+        prune_samples=1_000,
+        quick=True,
+    ),
     "lenet_mnist": Base(
         _committed("lenet_mnist", 5_000), DistillOptions(epochs=3, crop_pixels=1), 20_000
     ),
@@ -139,11 +156,12 @@ def options_for(base: Base, n: int, step: str, seed: int) -> SnnOptions:
     distilled = step == "distilled"
     return SnnOptions(
         keep=KEEP[n],
-        compensate=CompensateOptions(seed=seed) if step != "pruned" else None,
+        compensate=CompensateOptions(seed=seed) if step in STEPS[2:] else None,
         distill=replace(base.distill, seed=seed) if distilled else None,
         distill_samples=base.distill_samples,
-        outcomes="rest",
+        outcomes="own" if step == "own" else "rest",
         prune_samples=base.prune_samples,
+        quick=base.quick,
         partition=PartitionOptions(
             exhaustive_up_to=3_000,
             evaluated_at_least=1,
@@ -156,42 +174,44 @@ def options_for(base: Base, n: int, step: str, seed: int) -> SnnOptions:
 
 
 def table(name: str, steps: Sequence[str], numbers: Sequence[int], seeds: int) -> None:
-    """Measure rows and write them as they come."""
+    """Measure rows and write them as they come; rows of earlier runs stay or are replaced."""
     from exporter import pipeline
 
     base = BASE_NETWORKS[name]
     model, data = base.load()
     reference = pipeline.measure_base(model, data, "int8")
-    rows = []
-    for seed in range(seeds):
-        for n in numbers:
-            for step in steps:
-                started = time.monotonic()
-                options = options_for(base, n, step, seed)
-                fleet = fleet_of(n)
-                method = SNN()
-                design = method.design(model, data, fleet, options, _progress)
-                exported = pipeline.quantize(
-                    design.pieces, data, fleet, "int8", _progress, allow_drift=True
-                )
-                settled = method.settle(design, data, fleet, options, pipeline.runner(exported))
-                shares = {k: v.value for k, v in settled.figures.items() if v.unit == "share"}
-                row = {
-                    "base": name,
-                    "n": n,
-                    "step": step,
-                    "seed": seed,
-                    "largest_share": round(design.figures["largest_piece"].value, 4),
-                    "accuracy_base_float": reference["accuracy_base_float"].value,
-                    "accuracy_base": reference["accuracy_base"].value,
-                    **{k: round(v, 4) for k, v in shares.items()},
-                    "seconds": round(time.monotonic() - started),
-                }
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                RESULTS.mkdir(exist_ok=True)
-                text = json.dumps(rows, indent=1)
-                (RESULTS / f"snn_{name}.json").write_text(text + "\n")
+    path = RESULTS / f"snn_{name}.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    wanted = [(seed, n, step) for step in steps for n in numbers for seed in range(seeds)]
+    for seed, n, step in wanted:
+        if step == "own" and n == len(data.classes):
+            continue  # an entropy over one class alone is always 0
+        started = time.monotonic()
+        options = options_for(base, n, step, seed)
+        fleet = fleet_of(n)
+        method = SNN()
+        design = method.design(model, data, fleet, options, _progress)
+        exported = pipeline.quantize(
+            design.pieces, data, fleet, "int8", _progress, allow_drift=True
+        )
+        settled = method.settle(design, data, fleet, options, pipeline.runner(exported))
+        shares = {k: v.value for k, v in settled.figures.items() if v.unit == "share"}
+        row = {
+            "base": name,
+            "n": n,
+            "step": step,
+            "seed": seed,
+            "largest_share": round(design.figures["largest_piece"].value, 4),
+            "accuracy_base_float": reference["accuracy_base_float"].value,
+            "accuracy_base": reference["accuracy_base"].value,
+            **{k: round(v, 4) for k, v in shares.items()},
+            "seconds": round(time.monotonic() - started),
+            "measured": circumstances()["commit"],
+        }
+        rows = [r for r in rows if (r["seed"], r["n"], r["step"]) != (seed, n, step)] + [row]
+        print(json.dumps(row), flush=True)
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def ranking(name: str, candidates: int) -> None:

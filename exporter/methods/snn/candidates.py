@@ -116,14 +116,11 @@ class SubsetSearch:
         return [self.done[subset] for subset in subsets]
 
     def rough(self) -> SubsetSearch:
-        """The same with larger steps and without second thoughts: a third of the work.
-
-        What it finds keeps as many parameters, with a little more damage: enough for estimates.
-        """
-        options = replace(
-            self.work.options, refinements=0, step=min(2 * self.work.options.step, 0.5)
-        )
-        return SubsetSearch(replace(self.work, options=options), self.options, self.progress)
+        """The same with rougher pruning, enough for estimates; itself where that is all there is."""
+        if self.options.quick:
+            return self
+        work = replace(self.work, options=self.work.options.rough())
+        return SubsetSearch(work, self.options, self.progress)
 
     def answers(self, subset: tuple[int, ...]) -> Answers:
         """What the network for a class set says of the threshold set, foreign rows kept."""

@@ -34,6 +34,7 @@ class SnnOptions:
         outcomes: `rest`, `own` (as the paper), or `auto`: the better one on held-out data.
         prune_samples: Inputs that pruning decides by; training data fills up what held-out data
             does not give.
+        quick: Prune in larger steps and without second thoughts (`PruneOptions.rough`).
         partition: Sizes of the partition search.
         workers: Processes; 0 = one a processor.
         dask_scheduler: Address of a Dask scheduler whose workers take their place.
@@ -49,6 +50,7 @@ class SnnOptions:
     distill_samples: int = 50_000
     outcomes: Literal["auto", "rest", "own"] = "auto"
     prune_samples: int = 2_000
+    quick: bool = False
     partition: PartitionOptions = QUICK_SEARCH
     workers: int = 0
     dask_scheduler: str | None = None
@@ -61,6 +63,8 @@ class SnnOptions:
         searching = self.criterion in (Criterion.ENERGY, Criterion.INFLUENCE)
         if self.keep is not None and not searching:
             problems.append(f"{self.criterion.value} prunes to an accuracy, it cannot take `keep`")
+        if self.quick and not searching:
+            problems.append(f"{self.criterion.value} goes layer by layer, it cannot take `quick`")
         if self.distill is not None and self.outcomes == "own":
             problems.append("distilled networks have a rest row: outcomes cannot be 'own'")
         if problems:
@@ -70,13 +74,14 @@ class SnnOptions:
     def pruning(self) -> PruneOptions:
         """The same as options of `prune`."""
         searching = self.criterion in (Criterion.ENERGY, Criterion.INFLUENCE)
-        return PruneOptions(
+        options = PruneOptions(
             criterion=self.criterion,
             target_ratio=self.keep,
             max_drop=self.max_drop if searching and self.keep is None else None,
             max_class_drop=self.max_drop,
             seed=self.seed,
         )
+        return options.rough() if self.quick else options
 
 
 @dataclass(frozen=True, eq=False)
