@@ -127,7 +127,7 @@ BASE_NETWORKS = {
     "vgg16_cifar10": Base(_committed("vgg16_cifar10", 5_000), SMALL_IMAGES, 15_000, candidates=1),
     "resnet56_cifar10": Base(
         _resnet56,
-        replace(SMALL_IMAGES, rate=1e-3),
+        replace(SMALL_IMAGES, epochs=2, rate=2e-3),
         50_000,
         candidates=1,
         prune_samples=1_000,

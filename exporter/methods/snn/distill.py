@@ -1,10 +1,9 @@
 """Short distillation: a pruned network learns the base's outcomes, a few epochs, no labels.
 
-The loss is KL(p || q) between the base's and the small network's distribution over outcomes: each
-own class, and the rest as one. The small network either keeps a row for each foreign class; then
-`foreign_weight` times p_rest KL(p_foreign || q_foreign) is added, over the foreign classes given
-that it is one of them, so that it can still name the likeliest one (with weight 1 the sum is the
-divergence over all classes, by the chain rule). Or it has |S| + 1 logits, the last one standing for
+The loss is KL(p || q) between the base's and the small network's distribution over all classes:
+also how foreign classes differ is worth learning, measured it makes own classes easier to tell
+from the rest, and lets the network name the likeliest foreign one. With `rest_row` the foreign
+classes are one outcome instead, and the small network has |S| + 1 logits, the last one standing for
 the log-sum of the base's foreign ones; that row starts as the linear one that fits the log-sum best
 in least squares, and is trained with the others. Batch norm keeps its statistics and dropout is
 off: in so few steps moving averages would not settle.
@@ -49,12 +48,11 @@ class DistillOptions:
     Attributes:
         epochs: Passes over the inputs, at most 5: this is a touch-up, not training.
         batch: Inputs a step.
-        rate: Peak learning rate of Adam; rises linearly, then falls as a cosine to 0. The default
-            suits a compensated network, a more damaged one bears 1e-3.
+        rate: Peak learning rate of Adam; rises linearly, then falls as a cosine to 0.
         own_weight: Share of the loss on inputs that the base takes for an own class; None = each
             input counts the same.
-        foreign_weight: Weight of telling foreign classes apart; None = the network ends in own
-            classes and one row for the rest. Without effect where no foreign row is left.
+        rest_row: The network ends in own classes and one row for the rest, a few bytes smaller;
+            one that has lost its foreign rows always does.
         crop_pixels: Images are shifted by up to so many pixels both ways, zeros move in.
         flip: Images are mirrored left to right half the time.
         seed: Of order and augmentation.
@@ -62,9 +60,9 @@ class DistillOptions:
 
     epochs: int = 3
     batch: int = 128
-    rate: float = 1e-4
+    rate: float = 1e-3
     own_weight: float | None = None
-    foreign_weight: float | None = 0.1
+    rest_row: bool = False
     crop_pixels: int = 0
     flip: bool = False
     seed: int = 0
@@ -80,8 +78,6 @@ class DistillOptions:
             problems.append(f"rate must be positive, is {self.rate}")
         if self.own_weight is not None and not 0 < self.own_weight < 1:
             problems.append(f"own_weight must be in (0, 1), is {self.own_weight}")
-        if self.foreign_weight is not None and not self.foreign_weight >= 0:
-            problems.append(f"foreign_weight must not be negative, is {self.foreign_weight}")
         if self.crop_pixels < 0:
             problems.append(f"crop_pixels must not be negative, is {self.crop_pixels}")
         if problems:
@@ -142,9 +138,9 @@ def distill(
     _check(x, options)
     if taught is None:
         taught = [base_logits(base, x, epoch, options) for epoch in range(options.epochs)]
-    foreign = set(range(taught[0].shape[1])) - set(pruned.classes)
+    classes = taught[0].shape[1]
     rows: tuple[Row, ...] = pruned.rows
-    if foreign and (options.foreign_weight is None or len(rows) == len(pruned.classes)):
+    if len(pruned.classes) < classes and (options.rest_row or len(rows) < classes):
         rows = (*pruned.classes, "rest")
         student = _with_rest_row(without_softmax(base), small, pruned, x[:REST_ROW_INPUTS])
     else:
@@ -208,12 +204,6 @@ class _Views:
         return np.ascontiguousarray(images)
 
 
-def _outcomes(classes: Sequence[int], rows: Sequence[Row]) -> Floats:
-    """`membership` of a network's rows: each own class, and all other rows as the rest."""
-    own = [rows.index(c) for c in classes]
-    return membership(len(rows), own, [i for i in range(len(rows)) if i not in own])
-
-
 def _with_rest_row(
     teacher: keras.Model, small: keras.Model, pruned: PrunedSnn, x: Floats
 ) -> keras.Model:
@@ -264,10 +254,8 @@ class _Course:
     ) -> None:
         self.student, self.taught, self.options, self.x = student, taught, options, x
         everyone = taught[0].shape[1]
-        self.foreign = [c for c in range(everyone) if c not in classes]
-        self.wanted = membership(everyone, classes, self.foreign)
-        self.learnt = _outcomes(classes, rows)
-        self.foreign_rows = [rows.index(c) for c in self.foreign if c in rows]
+        kept = [c for c in range(everyone) if c in rows]
+        self.outcomes = membership(everyone, kept, sorted(set(range(everyone)) - set(kept)))
         own = np.isin(taught[0].argmax(axis=1), classes)
         self.weights = np.ones(len(x), np.float32)
         if options.own_weight is not None and own.any() and not own.all():
@@ -299,35 +287,19 @@ class _Course:
     def _trace(self, optimizer: Any) -> Any:
         import tensorflow as tf
 
-        student, foreign, rows = self.student, self.foreign, self.foreign_rows
-        wanted, learnt = tf.constant(self.wanted), tf.constant(self.learnt)
+        student, outcomes = self.student, tf.constant(self.outcomes)
         variables = student.trainable_variables
-        # One foreign class alone is the rest: there is nothing to tell apart.
-        apart = self.options.foreign_weight if len(rows) > 1 else None
 
         def step(x: tf.Tensor, taught: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-            log_p = log_outcomes(taught, wanted)
+            log_p = log_outcomes(taught, outcomes)
             with tf.GradientTape() as tape:
-                logits = feed(student, x, training=False)
-                divergence = _divergence(log_p, log_outcomes(logits, learnt))
-                if apart:
-                    given_foreign = _divergence(
-                        tf.nn.log_softmax(tf.gather(taught, foreign, axis=1)),
-                        tf.nn.log_softmax(tf.gather(logits, rows, axis=1)),
-                    )
-                    divergence += apart * tf.exp(log_p[:, -1]) * given_foreign
+                log_q = tf.nn.log_softmax(feed(student, x, training=False))
+                divergence = tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), 1)
                 loss = tf.reduce_mean(weights * divergence)
             optimizer.apply(tape.gradient(loss, variables), variables)
             return loss
 
         return tf.function(step, reduce_retracing=True)
-
-
-def _divergence(log_p: Any, log_q: Any) -> Any:
-    """KL(p || q) of each row, nats: (N, K) and (N, K) to (N,)."""
-    import tensorflow as tf
-
-    return tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), 1)
 
 
 def _schedule(progress: float) -> float:
