@@ -31,6 +31,8 @@ from agent.protocol.fleet import Device, Kind, Runtime, load_fleet
 from agent.protocol.manifest import Manifest, check_files, read_manifest
 from agent.protocol.messages import (
     Answer,
+    Blank,
+    Decision,
     DeviceInfo,
     DeviceStats,
     Escalation,
@@ -42,8 +44,10 @@ from agent.protocol.messages import (
     decode_text,
     encode,
     encode_text,
+    part_kind,
     prepare_decisions,
 )
+from agent.protocol.messages import Message as BinaryMessage
 from agent.protocol.plan import FRAME
 from agent.protocol.topics import Topics
 from agent.runtime import LoadedPiece, load_piece
@@ -66,6 +70,9 @@ LEAVES = {
 _PI_KINDS = frozenset({Kind.PI_ZERO_2, Kind.PI_3, Kind.PI_4, Kind.PI_5})
 _ARM_MACHINES = ("arm", "aarch64")
 
+ReadSensor = Callable[[int | None], NDArray[np.generic] | None]
+"""Reads one frame; of a recording, the sample that is named. None: nothing to see."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -76,7 +83,7 @@ def run_device(
     *,
     stop: threading.Event,
     on_ready: Callable[[DeviceInfo], None] | None = None,
-    read_sensor: Callable[[], NDArray[np.generic]] | None = None,
+    read_sensor: ReadSensor | None = None,
 ) -> None:
     """Run one device's part of a plan until told to stop.
 
@@ -86,7 +93,8 @@ def run_device(
         address: The broker.
         stop: Set it to end; it is also set when the device ends by itself.
         on_ready: Called once the device is online, with what it told the others about itself.
-        read_sensor: Gives a frame when a request is only a trigger; None: triggers go unanswered.
+        read_sensor: Gives a frame when a request is only a trigger, or None if there is nothing to
+            see. By default the sensor of the fleet file; a device without one sees nothing.
 
     Raises:
         ManifestError, BundleMismatch, FleetFileError: the bundle cannot be used.
@@ -125,7 +133,7 @@ class RunningDevice:
         address: BrokerAddress,
         *,
         stop: threading.Event,
-        read_sensor: Callable[[], NDArray[np.generic]] | None = None,
+        read_sensor: ReadSensor | None = None,
     ) -> None:
         manifest = read_manifest(bundle)
         check_files(bundle, [manifest.fleet])
@@ -134,6 +142,8 @@ class RunningDevice:
         boot = secrets.randbits(32)
         self._stop = stop
         self._read_sensor = read_sensor
+        self._sensor_lock = threading.Lock()
+        self._sensed: tuple[int, NDArray[np.generic] | None] | None = None
         self._topics = Topics(fleet.fleet)
         self._started_s = time.monotonic()
         self._engine = Engine(manifest, device_id, boot)
@@ -262,6 +272,8 @@ class RunningDevice:
                 link.subscribe(topics.device(device, LEAVES[kind]), on_part)
         if engine.escalations:
             link.subscribe(topics.escalation, self._on_escalation)
+        if engine.decisions:
+            link.subscribe(topics.decision, self._on_decision, qos=1)
         link.subscribe(topics.request, self._on_request)
 
     def _on_request(self, topic: str, payload: bytes) -> None:
@@ -280,7 +292,7 @@ class RunningDevice:
 
     def _on_part(self, device: str, kind: MessageKind, topic: str, payload: bytes) -> None:
         part = self._decoded(payload)
-        if not isinstance(part, (Answer, TensorPart)) or part.kind != kind:
+        if not isinstance(part, (Answer, TensorPart, Blank)) or part_kind(part) != kind:
             return self._reject(part)
         with self._lock:
             effects = self._engine.part(device, part, len(payload))
@@ -292,6 +304,15 @@ class RunningDevice:
             return self._reject(escalation)
         with self._lock:
             effects = self._engine.escalation(escalation)
+        self._perform(effects)
+
+    def _on_decision(self, topic: str, payload: bytes) -> None:
+        try:
+            decision = decode_text(Decision, payload)
+        except WireError:
+            return self._reject(None)
+        with self._lock:
+            effects = self._engine.decided(decision)
         self._perform(effects)
 
     def _on_info(self, topic: str, payload: bytes) -> None:
@@ -318,7 +339,7 @@ class RunningDevice:
             effects = self._engine.status(device, status)
         self._perform(effects)
 
-    def _decoded(self, payload: bytes) -> Request | Answer | TensorPart | Escalation | None:
+    def _decoded(self, payload: bytes) -> BinaryMessage | None:
         try:
             return decode(payload)
         except WireError:
@@ -337,7 +358,8 @@ class RunningDevice:
         for effect in effects:
             if isinstance(effect, Send):
                 message = effect.message
-                self._link.publish(self._topic_of[message.kind], encode(message))
+                kind = message.of if isinstance(message, Blank) else message.kind
+                self._link.publish(self._topic_of[kind], encode(message))
             elif isinstance(effect, Decide):
                 self._publish_decision(effect)
             elif effect.piece in self._inline and effect.values is not None:
@@ -355,9 +377,12 @@ class RunningDevice:
 
     def _run(self, run: Run) -> list[Effect]:
         values = run.values
-        try:
+        if values is None:
+            values = self._sensor_frame(run)
             if values is None:
-                values = self._sensor_frame()
+                with self._lock:
+                    return self._engine.blank(run)
+        try:
             with self._piece_locks[run.piece]:
                 begin_s = time.monotonic()
                 stored, *features = self._pieces[run.piece].run_outputs(values)
@@ -371,10 +396,22 @@ class RunningDevice:
         with self._lock:
             return self._engine.ran(run, stored, queue_us, int(inference_s * 1e6), *features)
 
-    def _sensor_frame(self) -> NDArray[np.generic]:
+    def _sensor_frame(self, run: Run) -> NDArray[np.generic] | None:
+        """What the sensor sees at a request: read once, however many pieces run on it."""
+        with self._sensor_lock:
+            if self._sensed is None or self._sensed[0] != run.request:
+                self._sensed = (run.request, self._read(run.sample))
+            return self._sensed[1]
+
+    def _read(self, sample: int | None) -> NDArray[np.generic] | None:
         if self._read_sensor is None:
-            raise DataError("the request is a trigger, and this device has no sensor")
-        return self._read_sensor()
+            _log.warning("%s: a trigger came, but this device has no sensor", self.info.device)
+            return None
+        try:
+            return self._read_sensor(sample)
+        except DataError as error:
+            _log.warning("%s: %s", self.info.device, error)
+            return None
 
     def _failed(self, run: Run) -> list[Effect]:
         with self._lock:

@@ -6,14 +6,13 @@ from an unknown node, on another device's topic, of the wrong kind, twice, or la
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from agent.protocol.messages import Answer, MessageKind, Status, TensorPart
-
-Part = Answer | TensorPart
+from agent.protocol.messages import Answer, Blank, MessageKind, Part, Status, TensorPart, part_kind
 
 MAX_OPEN_REQUESTS = 512
 PATIENCE_S = 6.0
@@ -106,17 +105,24 @@ class Collection:
         opened_s: When the request came.
         deadline_s: When to go on with what is there.
         armed: False while a lower tier may still answer: then nobody waits for this collection.
+        step_in_s: Unless it is armed by then: when the tiers below have had their time, so that one
+            of them must be silent.
+        escalated: The highest tier below that is known to be unsure; None if none is.
         parts: By position in the node's `listens_to`.
+        blank: Positions that said that they have nothing.
         boots: The boot of each device that this request is bound to.
         waiting: Positions that are still waited for.
-        bytes_received: Payload bytes of this request's parts, duplicates included.
+        bytes_received: Payload bytes of what came for this request, duplicates included.
     """
 
     request: int
     opened_s: float
     deadline_s: float
     armed: bool
-    parts: dict[int, Part] = field(default_factory=dict)
+    step_in_s: float = math.inf
+    escalated: int | None = None
+    parts: dict[int, Answer | TensorPart] = field(default_factory=dict)
+    blank: set[int] = field(default_factory=set)
     boots: dict[str, int] = field(default_factory=dict)
     waiting: set[int] = field(default_factory=set)
     bytes_received: int = 0
@@ -159,7 +165,13 @@ class Gather:
         return len(self._open)
 
     def open(
-        self, request: int, now_s: float, deadline_s: float, *, armed: bool = True
+        self,
+        request: int,
+        now_s: float,
+        deadline_s: float,
+        *,
+        armed: bool = True,
+        step_in_s: float = math.inf,
     ) -> list[Collection]:
         """Begin to collect; returns what is closed by that: the oldest, or this one at once.
 
@@ -172,7 +184,7 @@ class Gather:
         if len(self._open) >= self._max_open:
             closed.append(self._open.popitem(last=False)[1])
             self.evicted += 1
-        collection = Collection(request, now_s, deadline_s, armed)
+        collection = Collection(request, now_s, deadline_s, armed, step_in_s)
         for position, source in enumerate(self.sources):
             if self._roster.expected(source.device, now_s):
                 collection.waiting.add(position)
@@ -195,7 +207,7 @@ class Gather:
         source = self.sources[position]
         if source.device != device:
             return Refusal.WRONG_TOPIC
-        if source.kind != part.kind:
+        if source.kind != part_kind(part):
             return Refusal.WRONG_KIND
         if header.boot != self._roster.boot(device):
             return Refusal.FOREIGN_BOOT
@@ -206,9 +218,12 @@ class Gather:
         if collection.boots.setdefault(device, header.boot) != header.boot:
             return Refusal.FOREIGN_BOOT
         collection.bytes_received += size_bytes
-        if position in collection.parts:
+        if position in collection.parts or position in collection.blank:
             return Refusal.DUPLICATE
-        collection.parts[position] = part
+        if isinstance(part, Blank):
+            collection.blank.add(position)
+        else:
+            collection.parts[position] = part
         collection.waiting.discard(position)
         return self._closed(collection)
 
@@ -219,6 +234,14 @@ class Gather:
             return []
         collection.armed = True
         return self._closed(collection)
+
+    def find(self, request: int) -> Collection | None:
+        """The open collection of a request, None if there is none."""
+        return self._open.get(request)
+
+    def drop(self, request: int) -> None:
+        """Let go of a request: somebody else has answered it, or will."""
+        self._open.pop(request, None)
 
     def device_left(self, device: str) -> list[Collection]:
         """Stop waiting for a device; returns the requests that are complete without it."""
@@ -238,8 +261,11 @@ class Gather:
         return due
 
     def next_deadline_s(self) -> float | None:
-        """When `expire` will next have something to return; None if nothing is open."""
-        return min((c.deadline_s for c in self._open.values()), default=None)
+        """When `expire` or a `step_in_s` is next due; None if nothing is open."""
+        times = (
+            c.deadline_s if c.armed else min(c.deadline_s, c.step_in_s) for c in self._open.values()
+        )
+        return min(times, default=None)
 
     def dormant(self) -> Iterable[Collection]:
         """The open requests that a lower tier may still answer."""

@@ -6,7 +6,14 @@ out as effects: `Run` a piece (and tell `ran` or `failed`), `Send` a message, `D
 How a request goes up. A node's output goes at once to those who listen to it, unless an exit lies
 between them: then it is kept, and sent when the exit's node escalates. A node above an exit gathers
 from the beginning, but nobody waits for it until that escalation. Only the last tier always
-decides. If all devices of the exit below it are gone, the last tier escalates in their place.
+decides.
+
+Who has nothing to say, because its sensor saw nothing or because nobody it listens to has anything,
+sends a `Blank` in the part's place: nobody waits for it, and fusions go on without it.
+
+When an exit is silent. A node of a later exit escalates in place of the exits below it once all
+their devices are gone, or once those that are there have let their share of the deadline pass. It
+hears of decisions, so that it does not go on with what a lower tier has answered.
 
 How the deadline is shared. It is counted from the arrival of the request, on each device. Where
 nodes wait for nodes that wait, each stage has an equal share of it: the n-th of m waits until n/m.
@@ -14,6 +21,7 @@ nodes wait for nodes that wait, each stage has an equal share of it: the n-th of
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -28,15 +36,18 @@ from agent.protocol.errors import ManifestError, ScoreError
 from agent.protocol.manifest import Manifest
 from agent.protocol.messages import (
     Answer,
+    Blank,
     Decision,
     DeviceInfo,
     Escalation,
     Header,
     Latency,
     MessageKind,
+    Part,
     Request,
     Status,
     TensorPart,
+    part_kind,
 )
 from agent.protocol.plan import ANSWER_FUSIONS, Fusion, Node, Output, Strategy
 from agent.protocol.quantization import dequantize, from_bits, row_dequantizer, to_bits
@@ -62,7 +73,9 @@ class Run:
 
     Attributes:
         piece: Its name.
-        values: A raw frame or float32 features; None: read the device's sensor.
+        values: A raw frame or float32 features; None: read the device's sensor, then run, or call
+            `blank` if it saw nothing.
+        sample: Which sample to read from the sensor; None: what is there now.
         since_s: When the request came or the parts were complete; the piece queues since then.
         deadline_s: When the result is of no use any more; None if it always is.
         collection: What was gathered, for a node that listens.
@@ -75,13 +88,14 @@ class Run:
     deadline_s: float | None
     node: _LocalNode
     collection: Collection | None
+    sample: int | None = None
 
 
 @dataclass(eq=False, slots=True)
 class Send:
-    """Publish a message on the topic of its kind."""
+    """Publish a message on the topic of its kind; a `Blank` on that of what it stands for."""
 
-    message: Answer | TensorPart | Escalation
+    message: Part | Escalation
 
 
 @dataclass(eq=False, slots=True)
@@ -122,10 +136,14 @@ class _Form:
 
 @dataclass(eq=False)
 class _Kept:
-    """What a node has of one request beyond an exit."""
+    """What a node has of one request beyond an exit.
 
-    parts: dict[MessageKind, Answer | TensorPart] = field(default_factory=dict)
+    `taken`: a later tier has gone on with the request in place of this node's exit.
+    """
+
+    parts: dict[MessageKind, Part] = field(default_factory=dict)
     wanted: set[MessageKind] = field(default_factory=set)
+    taken: bool = False
 
 
 @dataclass(eq=False)
@@ -140,6 +158,8 @@ class _LocalNode:
     gate: int | None
     """The highest exit below: this node is asked only when that one is unsure."""
     deadline_share: float
+    step_in_share: float
+    """Of the deadline: when to escalate in place of the exits below; infinite if never."""
     rule: RowReader | None
     outputs: frozenset[MessageKind]
     gather: Gather | None
@@ -168,6 +188,7 @@ class Engine:
         watched: Devices whose status and info must be told to this engine.
         heard: Devices whose parts must be told, with the kinds.
         escalations: Whether escalations must be told.
+        decisions: Whether decisions must be told.
         decides: Whether one of its nodes may decide.
         earliest_share: The share of a request's time after which `tick` is first due; None if
             nothing is ever waited for here.
@@ -221,8 +242,11 @@ class Engine:
         self.nodes = tuple(dict.fromkeys(local.node.name for local in self._all()))
         self.heard = {name: frozenset(kinds) for name, kinds in heard.items() if name != device}
         self.escalations = bool(asking)
+        self.decisions = any(local.step_in_share < math.inf for local in self._all())
         self.decides = any(local.exit_threshold is not None for local in self._all())
-        shares = [x.deadline_share for x in self._all() if x.gather is not None]
+        shares = [
+            min(x.deadline_share, x.step_in_share) for x in self._all() if x.gather is not None
+        ]
         self.earliest_share = min(shares, default=None)
         self.watched = frozenset((heard.keys() | asking) - {device})
 
@@ -233,8 +257,13 @@ class Engine:
         """Devices whose escalation may concern a node."""
         strategy = self.manifest.plan.strategies[local.strategy]
         tiers = set(local.on_demand) | ({local.gate} if local.gate is not None else set())
-        asking = {node.device for node in strategy.nodes if node.tier in tiers}
-        return asking | ({strategy.aggregator.device} if tiers else set())
+        if local.exit_threshold is not None:
+            tiers |= set(_exits_below(strategy, local.node.tier))
+            tiers |= {local.node.tier} if not local.is_last else set()
+        if not tiers:
+            return set()
+        above = {x.tier for x in strategy.exits if x.tier >= min(tiers)}
+        return {node.device for node in strategy.nodes if node.tier in above}
 
     # Events.
 
@@ -269,13 +298,18 @@ class Engine:
         time_s = request.deadline_ms / 1000
         effects: list[Effect] = []
         for local in self._local[header.strategy]:
-            if local.on_demand:
+            if local.on_demand or (local.exit_threshold is not None and not local.is_last):
                 local.kept[header.request] = _Kept()
                 if len(local.kept) > KEPT_REQUESTS:
                     local.kept.popitem(last=False)
             if local.gather is not None:
-                until_s = now_s + time_s * local.deadline_share
-                closed = local.gather.open(header.request, now_s, until_s, armed=local.gate is None)
+                closed = local.gather.open(
+                    header.request,
+                    now_s,
+                    now_s + time_s * local.deadline_share,
+                    armed=local.gate is None,
+                    step_in_s=now_s + time_s * local.step_in_share,
+                )
                 effects += self._conclude_all(local, closed)
                 effects += self._take_over(local, header.request, now_s)
             elif local.node.piece is not None:
@@ -288,11 +322,12 @@ class Engine:
                         deadline_s=None if local.is_last else now_s + time_s,
                         node=local,
                         collection=None,
+                        sample=request.sample,
                     )
                 )
         return effects
 
-    def part(self, device: str, part: Answer | TensorPart, size_bytes: int) -> list[Effect]:
+    def part(self, device: str, part: Part, size_bytes: int) -> list[Effect]:
         """A part came on another device's topic."""
         header = part.header
         if header.plan != self.plan:
@@ -301,16 +336,16 @@ class Engine:
             return self._refuse(Refusal.FOREIGN_STRATEGY)
         if header.node is None:
             return self._refuse(Refusal.UNKNOWN_NODE)
-        key = (header.strategy, header.node, part.kind)
+        key = (header.strategy, header.node, part_kind(part))
         listeners = self._listeners.get(key)
         if listeners is None:
             return self._refuse(Refusal.UNKNOWN_NODE)
-        if not self._forms[key].fits(part):
+        if not isinstance(part, Blank) and not self._forms[key].fits(part):
             return self._refuse(Refusal.WRONG_VALUES)
         return self._deliver(listeners, part, device, size_bytes)
 
     def escalation(self, escalation: Escalation) -> list[Effect]:
-        """A tier that was unsure asks for what the tiers below have kept."""
+        """A tier is unsure: what the tiers below have kept is asked for, and those above go on."""
         header = escalation.header
         if header.plan != self.plan:
             return self._refuse(Refusal.FOREIGN_PLAN)
@@ -322,12 +357,20 @@ class Engine:
         if header.node is None or header.node >= len(strategy.nodes):
             return self._refuse(Refusal.UNKNOWN_NODE)
         sender = strategy.nodes[header.node]
-        tier = _asked_tier(strategy, sender)
-        if tier is None:
+        if not _may_escalate(strategy, sender, escalation.tier):
             return self._refuse(Refusal.UNKNOWN_NODE)
         if header.boot != self._roster.boot(sender.device):
             return self._refuse(Refusal.FOREIGN_BOOT)
-        return self._escalated(header.strategy, tier, header.request)
+        return self._escalated(header.strategy, escalation.tier, header.request)
+
+    def decided(self, decision: Decision) -> list[Effect]:
+        """The fleet has decided a request: tiers that might have gone on with it need not."""
+        if decision.plan == self.manifest.plan_id:
+            request = int(decision.request, 16)
+            for local in self._all():
+                if local.gather is not None:
+                    local.gather.drop(request)
+        return []
 
     def ran(
         self,
@@ -354,7 +397,7 @@ class Engine:
             return self._finish_answers(local, run.collection, run.since_s, trust)
         timing = (min(queue_us, MAX_US), min(inference_us, MAX_US))
         header = self._header(local, run.request)
-        parts: dict[MessageKind, Answer | TensorPart] = {}
+        parts: dict[MessageKind, Part] = {}
         verdict: _Verdict | None = None
         try:
             if local.rule is not None:
@@ -385,6 +428,12 @@ class Engine:
             collection = Collection(run.request, run.since_s, run.since_s, armed=True)
         return self._finish(local, collection, run.since_s, verdict, parts, timing)
 
+    def blank(self, run: Run) -> list[Effect]:
+        """The sensor saw nothing that the piece could run on: say so in place of its result."""
+        collection = Collection(run.request, run.since_s, run.since_s, armed=True, blank={0})
+        blanks = self._blanks(run.node, run.request)
+        return self._finish(run.node, collection, run.since_s, None, blanks, (0, 0))
+
     def failed(self, run: Run) -> list[Effect]:
         """A piece could not run: the result is poorer for it, but the request still ends."""
         local = run.node
@@ -403,6 +452,9 @@ class Engine:
         effects: list[Effect] = []
         for local in self._all():
             if local.gather is not None:
+                for collection in local.gather.dormant():
+                    if collection.step_in_s <= now_s:
+                        effects += self._step_in(local, collection)
                 effects += self._conclude_all(local, local.gather.expire(now_s))
         return effects
 
@@ -437,6 +489,11 @@ class Engine:
     def _header(self, local: _LocalNode, request: int) -> Header:
         return Header(self.plan, request, self.boot, local.strategy, local.index)
 
+    def _blanks(self, local: _LocalNode, request: int) -> dict[MessageKind, Part]:
+        """What a node sends that has nothing."""
+        header = self._header(local, request)
+        return {kind: Blank(header, kind) for kind in local.outputs}
+
     def _after_news_of(self, device: str, *, restarted: bool) -> list[Effect]:
         now_s = self._clock()
         if not restarted and self._roster.expected(device, now_s):
@@ -450,25 +507,58 @@ class Engine:
         return effects
 
     def _take_over(self, local: _LocalNode, request: int, now_s: float) -> list[Effect]:
-        """Escalate in place of the exit below the last tier, if none of its devices is there."""
-        if not local.is_last or local.gate is None:
+        """Escalate in place of the exits below that might still answer, if their devices are gone.
+
+        An exit that is there is waited for, and those above it that are gone are passed over when
+        it is unsure.
+        """
+        if local.gather is None or local.step_in_share == math.inf:
+            return []
+        collection = local.gather.find(request)
+        if collection is None or collection.armed:
             return []
         strategy = self.manifest.plan.strategies[local.strategy]
-        below = [node.device for node in strategy.nodes if node.tier == local.gate]
+        silent = self._not_escalated(local, collection)
+        below = [node.device for node in strategy.nodes if node.tier in silent]
         if any(self._roster.expected(device, now_s) for device in below):
             return []
-        escalation = Escalation(self._header(local, request))
-        return [Send(escalation), *self._escalated(local.strategy, local.gate, request)]
+        return self._step_in(local, collection)
 
-    def _escalated(self, strategy: int, tier: int, request: int) -> list[Effect]:
+    def _not_escalated(self, local: _LocalNode, collection: Collection) -> list[int]:
+        """The exits below a node that have neither answered nor escalated, lowest first."""
+        strategy = self.manifest.plan.strategies[local.strategy]
+        done = -1 if collection.escalated is None else collection.escalated
+        return [tier for tier in _exits_below(strategy, local.node.tier) if tier > done]
+
+    def _step_in(self, local: _LocalNode, collection: Collection) -> list[Effect]:
+        """Escalate in place of all exits below that have not."""
         effects: list[Effect] = []
+        for tier in self._not_escalated(local, collection):
+            collection.escalated = tier
+            effects.append(Send(Escalation(self._header(local, collection.request), tier)))
+            effects += self._escalated(local.strategy, tier, collection.request, by=local)
+        return effects
+
+    def _escalated(
+        self, strategy: int, tier: int, request: int, by: _LocalNode | None = None
+    ) -> list[Effect]:
+        """A tier is unsure of a request; `by` is the node that says so, if it is one of ours."""
+        effects: list[Effect] = []
+        now_s = self._clock()
         for local in self._local[strategy]:
-            if local.gate == tier and local.gather is not None:
-                effects += self._conclude_all(local, local.gather.arm(request))
+            if local.gather is not None:
+                if local.exit_threshold is not None and local.node.tier <= tier and local is not by:
+                    local.gather.drop(request)
+                if local.gate == tier:
+                    effects += self._conclude_all(local, local.gather.arm(request))
+                elif local is not by and (heard := local.gather.find(request)) is not None:
+                    heard.escalated = max(tier, heard.escalated or 0)
+                    effects += self._take_over(local, request, now_s)
             kept = local.kept.get(request)
+            if kept is None:
+                continue
+            kept.taken |= local.node.tier <= tier and local is not by
             for kind in sorted(local.on_demand.get(tier, ())):
-                if kept is None:
-                    continue
                 part = kept.parts.pop(kind, None)
                 if part is None:
                     kept.wanted.add(kind)
@@ -479,7 +569,7 @@ class Engine:
     def _deliver(
         self,
         listeners: Sequence[_LocalNode],
-        part: Answer | TensorPart,
+        part: Part,
         device: str,
         size_bytes: int,
     ) -> list[Effect]:
@@ -505,7 +595,8 @@ class Engine:
         now_s = self._clock()
         piece = local.node.piece
         if not collection.parts:
-            return self._finish(local, collection, now_s, None, {}, (0, 0))
+            blanks = self._blanks(local, collection.request)
+            return self._finish(local, collection, now_s, None, blanks, (0, 0))
         fusion = local.node.fusion
         assert fusion is not None
         if fusion in ANSWER_FUSIONS:
@@ -518,7 +609,7 @@ class Engine:
         if piece is not None:
             return [self._run_on(local, collection, piece, fused, now_s)]
         header = self._header(local, collection.request)
-        parts: dict[MessageKind, Answer | TensorPart] = {}
+        parts: dict[MessageKind, Part] = {}
         if MessageKind.SCORES in local.outputs:
             parts[MessageKind.SCORES] = TensorPart(MessageKind.SCORES, header, fused, 0, 0)
         if MessageKind.FEATURES in local.outputs:
@@ -587,13 +678,14 @@ class Engine:
         collection: Collection,
         fused_s: float,
         verdict: _Verdict | None,
-        parts: dict[MessageKind, Answer | TensorPart],
+        parts: dict[MessageKind, Part],
         timing: tuple[int, int],
     ) -> list[Effect]:
         """A node has its result: decide, escalate, or send it on."""
         self.answers += 1
         effects: list[Effect] = []
-        threshold = local.exit_threshold
+        kept = local.kept.get(collection.request)
+        threshold = None if kept is not None and kept.taken else local.exit_threshold
         if threshold is not None:
             sure = verdict is not None and np.float32(verdict.entropy) <= np.float32(threshold)
             if sure or local.is_last:
@@ -601,7 +693,7 @@ class Engine:
         for kind, part in parts.items():
             if kind in local.at_once:
                 effects += self._emit(local, part)
-            if (kept := local.kept.get(collection.request)) is not None:
+            if kept is not None:
                 if kind in kept.wanted:
                     kept.wanted.discard(kind)
                     if kind not in local.at_once:
@@ -609,14 +701,16 @@ class Engine:
                 elif kind not in local.at_once:
                     kept.parts[kind] = part
         if threshold is not None:
-            effects.append(Send(Escalation(self._header(local, collection.request))))
-            effects += self._escalated(local.strategy, local.node.tier, collection.request)
+            tier = local.node.tier
+            effects.append(Send(Escalation(self._header(local, collection.request), tier)))
+            effects += self._escalated(local.strategy, tier, collection.request, by=local)
         return effects
 
-    def _emit(self, local: _LocalNode, part: Answer | TensorPart) -> list[Effect]:
+    def _emit(self, local: _LocalNode, part: Part) -> list[Effect]:
         """Give a part to whoever listens: here directly, elsewhere by a message."""
-        effects: list[Effect] = [Send(part)] if part.kind in local.elsewhere else []
-        listeners = self._listeners.get((local.strategy, local.index, part.kind), ())
+        kind = part_kind(part)
+        effects: list[Effect] = [Send(part)] if kind in local.elsewhere else []
+        listeners = self._listeners.get((local.strategy, local.index, kind), ())
         return effects + self._deliver(listeners, part, self.device, 0)
 
     def _decision(
@@ -632,11 +726,14 @@ class Engine:
         if sources:
             timings = [(p.queue_us, p.inference_us) for p in collection.parts.values()]
             contributors = tuple(sources[i].name for i in present)
-            missing = tuple(s.name for i, s in enumerate(sources) if i not in collection.parts)
+            blank = tuple(sources[i].name for i in sorted(collection.blank))
+            there = collection.parts.keys() | collection.blank
+            missing = tuple(s.name for i, s in enumerate(sources) if i not in there)
         else:
             timings = [own_timing]
             contributors = () if verdict is None else (local.node.name,)
-            missing = (local.node.name,) if verdict is None else ()
+            blank = (local.node.name,) if collection.blank else ()
+            missing = (local.node.name,) if verdict is None and not blank else ()
         queue_us, inference_us = max(timings, key=sum, default=(0, 0))
         labels = self.manifest.plan.classes
         guess = None
@@ -662,6 +759,7 @@ class Engine:
             },
             contributors=contributors,
             missing=missing,
+            blank=blank,
             bytes_received=collection.bytes_received,
             latency=Latency(
                 total_ms=total_ms,
@@ -692,11 +790,16 @@ def _gate(strategy: Strategy, tier: int) -> int | None:
     return max((x.tier for x in strategy.exits if x.tier < tier), default=None)
 
 
-def _asked_tier(strategy: Strategy, sender: Node) -> int | None:
-    """Which exit an escalation of this node stands for; None if it has no business escalating."""
-    if sender is strategy.aggregator:
-        return _gate(strategy, sender.tier)
-    return sender.tier if any(x.tier == sender.tier for x in strategy.exits) else None
+def _exits_below(strategy: Strategy, tier: int) -> list[int]:
+    """The exit tiers below a tier, lowest first."""
+    return [x.tier for x in strategy.exits if x.tier < tier]
+
+
+def _may_escalate(strategy: Strategy, sender: Node, tier: int) -> bool:
+    """Whether a node may say that a tier is unsure: its own exit, or one below its own."""
+    exits = {x.tier for x in strategy.exits}
+    own = tier == sender.tier and sender is not strategy.aggregator
+    return {tier, sender.tier} <= exits and (own or tier < sender.tier)
 
 
 def _outputs(manifest: Manifest, strategy: Strategy, node: Node) -> frozenset[MessageKind]:
@@ -845,6 +948,7 @@ def _place(
     thresholds = {x.tier: x.threshold for x in strategy.exits}
     numbers = {node.name: i for i, node in enumerate(strategy.nodes)}
     stages = _stages(strategy)
+    last = max(1, stages[strategy.aggregator.name])
     placed = []
     for number, node in enumerate(strategy.nodes):
         if node.device != device:
@@ -861,14 +965,16 @@ def _place(
             kind = _kind_heard(manifest, strategy, listener, node)
             if node.name not in listener.listens_to or kind is None:
                 continue
-            gate = _gate(strategy, listener.tier)
-            if gate is None or gate < node.tier:
+            asked = _gate(strategy, listener.tier)
+            if asked is None or asked < node.tier:
                 at_once.add(kind)
             else:
-                on_demand.setdefault(gate, set()).add(kind)
+                on_demand.setdefault(asked, set()).add(kind)
             if listener.device != device:
                 elsewhere.add(kind)
         rule = None if node.piece is None else manifest.plan.piece(node.piece).answer
+        gate = _gate(strategy, node.tier)
+        below = max((stages[x.name] for x in strategy.nodes if x.tier == gate), default=0)
         placed.append(
             _LocalNode(
                 strategy=index,
@@ -876,8 +982,11 @@ def _place(
                 node=node,
                 exit_threshold=thresholds.get(node.tier),
                 is_last=node is strategy.aggregator,
-                gate=_gate(strategy, node.tier),
-                deadline_share=stages[node.name] / max(1, stages[strategy.aggregator.name]),
+                gate=gate,
+                deadline_share=stages[node.name] / last,
+                step_in_share=(below + 0.5) / last
+                if sources and gate is not None and node.tier in thresholds
+                else math.inf,
                 rule=None if rule is None else RowReader(rule),
                 outputs=_outputs(manifest, strategy, node),
                 gather=Gather(int(manifest.plan_id, 16), index, sources, roster, max_open)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +20,17 @@ from agent.protocol.manifest import (
     plan_id,
 )
 from agent.protocol.messages import (
-    Answer,
     Decision,
     DeviceInfo,
     Escalation,
     Header,
     MessageKind,
+    Part,
     Request,
     Status,
-    TensorPart,
     decode,
     encode,
+    part_kind,
 )
 from agent.protocol.plan import Exit, Node, Piece, Plan, Strategy
 
@@ -100,14 +101,16 @@ class Engines:
         sent: Every message, as (device, message).
         decisions: Every decision, in order.
         silent: Devices whose messages are lost and which hear nothing.
+        blind: Devices whose sensors see nothing.
     """
 
     def __init__(self, bundle: Manifest, compute: Mapping[str, Compute]) -> None:
         self.manifest = bundle
         self.now_s = 100.0
-        self.sent: list[tuple[str, Answer | TensorPart | Escalation]] = []
+        self.sent: list[tuple[str, Part | Escalation]] = []
         self.decisions: list[Decision] = []
         self.silent: set[str] = set()
+        self.blind: set[str] = set()
         self.runs: list[str] = []
         self._compute = compute
         devices = {node.device for s in bundle.plan.strategies for node in s.nodes}
@@ -140,9 +143,15 @@ class Engines:
         header = Header(int(self.manifest.plan_id, 16), number, 1, strategy)
         return Request(header, deadline_ms, np.ones(FRAME_SHAPE, np.float32))
 
+    def trigger(self, number: int) -> None:
+        """As `ask`, but every device reads its own sensor, which sees ones."""
+        self._tell(replace(self.request(number), frame=None))
+
     def ask(self, number: int, *, strategy: int = 0) -> None:
         """Everybody receives a request, and all that follows from it."""
-        message = self.request(number, strategy=strategy)
+        self._tell(self.request(number, strategy=strategy))
+
+    def _tell(self, message: Request) -> None:
         self.settle(
             [(name, engine.request(message)) for name, engine in self.of.items() if self._up(name)]
         )
@@ -170,6 +179,7 @@ class Engines:
             device, effect = todo.popleft()
             if isinstance(effect, Decide):
                 self.decisions.append(effect.decision)
+                todo.extend(self._tell_decided(device, effect.decision))
             elif isinstance(effect, Send):
                 self.sent.append((device, effect.message))
                 todo.extend(self._deliver(device, encode(effect.message)))
@@ -184,14 +194,24 @@ class Engines:
         return device not in self.silent
 
     def _run(self, device: str, run: Run) -> list[Effect]:
-        assert run.values is not None
+        if run.values is None and device in self.blind:
+            return self.of[device].blank(run)
+        values = np.ones(FRAME_SHAPE, np.float32) if run.values is None else run.values
         self.runs.append(run.piece)
         try:
-            stored = self._compute[run.piece](run.values.astype(np.float32))
+            stored = self._compute[run.piece](values.astype(np.float32))
         except ArithmeticError:
             return self.of[device].failed(run)
         output, *features = stored if isinstance(stored, tuple) else (stored,)
         return self.of[device].ran(run, output, 10, 1000, *features)
+
+    def _tell_decided(self, sender: str, decision: Decision) -> list[tuple[str, Effect]]:
+        return [
+            (name, effect)
+            for name, engine in self.of.items()
+            if engine.decisions and self._up(name) and self._up(sender)
+            for effect in engine.decided(decision)
+        ]
 
     def _deliver(self, sender: str, payload: bytes) -> list[tuple[str, Effect]]:
         effects: list[tuple[str, Effect]] = []
@@ -201,8 +221,9 @@ class Engines:
                 continue
             if isinstance(message, Escalation):
                 told = engine.escalation(message) if engine.escalations else []
-            elif message.kind in engine.heard.get(sender, ()):
-                assert isinstance(message, Answer | TensorPart)
+            elif not isinstance(message, Request) and part_kind(message) in engine.heard.get(
+                sender, ()
+            ):
                 told = engine.part(sender, message, len(payload))
             else:
                 told = []

@@ -20,8 +20,11 @@ from agent.protocol.messages import (
     HEADER,
     MAX_TENSOR_BYTES,
     NO_NODE,
+    PART_KINDS,
+    REQUEST_BODY,
     VERSION,
     Answer,
+    Blank,
     Decision,
     DeviceInfo,
     DeviceStats,
@@ -70,6 +73,13 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         Request, header=HEADERS, deadline_ms=st.integers(1, 2**32 - 1), frame=st.none() | TENSORS
     ),
+    st.builds(
+        Request,
+        header=HEADERS,
+        deadline_ms=st.integers(1, 2**32 - 1),
+        frame=st.none(),
+        sample=st.none() | U32,
+    ),
     ANSWERS,
     st.builds(
         TensorPart,
@@ -79,19 +89,22 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
         queue_us=U32,
         inference_us=U32,
     ),
-    st.builds(Escalation, header=HEADERS),
+    st.builds(Escalation, header=HEADERS, tier=st.integers(0, 255)),
+    st.builds(Blank, header=HEADERS, of=st.sampled_from(sorted(PART_KINDS))),
 )
 
 HEAD = Header(plan=0xDEADBEEF, request=2**63 + 5, boot=77, strategy=2, node=3)
 SAMPLES: dict[str, Message] = {
     "trigger": Request(HEAD, 500, None),
+    "sample": Request(HEAD, 500, None, 77),
     "frame": Request(HEAD, 500, np.arange(12, dtype=np.uint8).reshape(2, 3, 2)),
     "known answer": Answer(HEAD, 7, True, 0.25, 0.75, 10, 2000),
     "don't know": Answer(HEAD, 7, False, 1.0, 0.125, 10, 2000),
     "scores": TensorPart(MessageKind.SCORES, HEAD, np.linspace(-1, 1, 5, dtype="<f4"), 1, 2),
     "bits": TensorPart(MessageKind.FEATURES, HEAD, np.eye(3, dtype=bool), 1, 2),
     "int8": TensorPart(MessageKind.FEATURES, HEAD, np.arange(-4, 4, dtype=np.int8), 1, 2),
-    "escalation": Escalation(Header(plan=1, request=2, boot=3)),
+    "escalation": Escalation(Header(plan=1, request=2, boot=3), 1),
+    "blank": Blank(HEAD, MessageKind.FEATURES),
 }
 PAYLOADS = {name: encode(message) for name, message in SAMPLES.items()}
 
@@ -208,7 +221,7 @@ def test_every_truncation_is_refused(name: str) -> None:
 def test_every_extension_is_refused(name: str, more: bytes) -> None:
     refusal(PAYLOADS[name] + more)
     refusal(more + PAYLOADS[name])
-    refusal(sealed(PAYLOADS[name][: -CRC.size] + more) if name != "trigger" else more)
+    refusal(sealed(PAYLOADS[name][: -CRC.size] + more))
 
 
 @given(st.sampled_from(sorted(PAYLOADS)), st.data())
@@ -241,7 +254,7 @@ def test_foreign_version_is_refused_by_name(name: str, version: int) -> None:
     assert f"version {version}" in reason and "update" in reason
 
 
-@pytest.mark.parametrize("kind", [0, 6, 255])
+@pytest.mark.parametrize("kind", [0, 7, 255])
 def test_unknown_kind_is_refused(kind: int) -> None:
     assert f"kind {kind}" in refusal(sealed(HEADER.pack(VERSION, kind, 0, 0, 1, 2, 3)))
 
@@ -272,8 +285,31 @@ def test_answer_out_of_range_is_refused(known: int, entropy: float, confidence: 
 
 
 def test_request_without_time_is_refused() -> None:
-    content = HEADER.pack(VERSION, MessageKind.REQUEST, 0, 0, 1, 2, 3) + struct.pack("<I", 0)
+    content = HEADER.pack(VERSION, MessageKind.REQUEST, 0, 0, 1, 2, 3) + REQUEST_BODY.pack(0, 0)
     assert "deadline" in refusal(sealed(content))
+
+
+@pytest.mark.parametrize("at", [5, 6, 7])
+def test_padding_of_a_request_must_be_zero(at: int) -> None:
+    content = bytearray(PAYLOADS["trigger"][: -CRC.size])
+    content[HEADER.size + at] = 1
+    assert "padding" in refusal(sealed(bytes(content)))
+
+
+def test_request_with_unknown_content_is_refused() -> None:
+    head = HEADER.pack(VERSION, MessageKind.REQUEST, 0, 0, 1, 2, 3)
+    assert "unknown content 3" in refusal(sealed(head + REQUEST_BODY.pack(500, 3)))
+
+
+@pytest.mark.parametrize("of", [0, MessageKind.REQUEST, MessageKind.BLANK, 255])
+def test_blank_in_place_of_what_is_no_part_is_refused(of: int) -> None:
+    head = HEADER.pack(VERSION, MessageKind.BLANK, 0, 0, 1, 2, 3)
+    assert f"kind {int(of)}" in refusal(sealed(head + bytes([of])))
+
+
+def test_small_messages_are_small() -> None:
+    sizes = {name: len(PAYLOADS[name]) for name in ("trigger", "sample", "escalation", "blank")}
+    assert sizes == {"trigger": 36, "sample": 40, "escalation": 29, "blank": 29}
 
 
 @pytest.mark.parametrize(
@@ -372,16 +408,21 @@ def answer(**changes: Any) -> Answer:
 @pytest.mark.parametrize(
     "message",
     [
-        Escalation(Header(plan=2**32, request=0, boot=0)),
-        Escalation(Header(plan=-1, request=0, boot=0)),
-        Escalation(Header(plan=0, request=2**64, boot=0)),
-        Escalation(Header(plan=0, request=0, boot=2**32)),
-        Escalation(Header(plan=0, request=0, boot=0, strategy=256)),
-        Escalation(Header(plan=0, request=0, boot=0, node=NO_NODE)),
-        Escalation(Header(plan=0, request=0, boot=0, node=70_000)),
-        Escalation(Header(plan=0.5, request=0, boot=0)),  # type: ignore[arg-type]
+        Escalation(Header(plan=2**32, request=0, boot=0), 1),
+        Escalation(Header(plan=-1, request=0, boot=0), 1),
+        Escalation(Header(plan=0, request=2**64, boot=0), 1),
+        Escalation(Header(plan=0, request=0, boot=2**32), 1),
+        Escalation(Header(plan=0, request=0, boot=0, strategy=256), 1),
+        Escalation(Header(plan=0, request=0, boot=0, node=NO_NODE), 1),
+        Escalation(Header(plan=0, request=0, boot=0, node=70_000), 1),
+        Escalation(Header(plan=0.5, request=0, boot=0), 1),  # type: ignore[arg-type]
         Request(HEAD, 0, None),
         Request(HEAD, 2**32, None),
+        Request(HEAD, 1, None, 2**32),
+        Request(HEAD, 1, None, -1),
+        Request(HEAD, 1, np.zeros(1, "u1"), 0),
+        Escalation(HEAD, 256),
+        Blank(HEAD, MessageKind.ESCALATION),
         answer(class_index=2**16),
         answer(known=False, entropy=0.5),
         answer(entropy=1.5),
@@ -429,6 +470,7 @@ TEXT_MESSAGES: st.SearchStrategy[TextMessage] = st.one_of(
         entropies=st.dictionaries(NAMES, st.floats(0, 1), max_size=4),
         contributors=st.lists(NAMES, max_size=4).map(tuple),
         missing=st.lists(NAMES, max_size=4).map(tuple),
+        blank=st.lists(NAMES, max_size=4).map(tuple),
         bytes_received=COUNTS,
         latency=st.builds(
             Latency,

@@ -43,6 +43,7 @@ from agent.monitor.watch import Watcher
 from agent.protocol.fleet import parse_fleet
 from agent.protocol.messages import (
     Answer,
+    Blank,
     Decision,
     DeviceInfo,
     DeviceStats,
@@ -148,7 +149,12 @@ def shown(state: FleetState, width: int = 160) -> str:
         (TOPICS.device("pi-a", "info"), encode_text(info()), info()),
         (TOPICS.device("pi-a", "stats"), encode_text(stats()), stats()),
         (TOPICS.device("pi-a", "res"), encode(answer()), None),
-        (TOPICS.escalation, encode(Escalation(header())), Escalation(header())),
+        (TOPICS.escalation, encode(Escalation(header(), 1)), Escalation(header(), 1)),
+        (
+            TOPICS.device("pi-a", "feat"),
+            encode(Blank(header(), MessageKind.FEATURES)),
+            Blank(header(), MessageKind.FEATURES),
+        ),
         (TOPICS.decision, encode_text(decision()), decision()),
         (TOPICS.last_decision, encode_text(decision()), decision()),
     ],
@@ -166,7 +172,12 @@ def test_message_is_decoded_by_its_topic(topic, payload, content):
     [
         (TOPICS.device("pi-a", "status"), b"onlin", "not a status"),
         (TOPICS.device("pi-a", "res"), encode(answer())[:-1], "checksum"),
-        (TOPICS.device("pi-a", "res"), encode(Escalation(header())), "escalation on a topic for"),
+        (TOPICS.device("pi-a", "res"), encode(Escalation(header(), 1)), "escalation on a topic"),
+        (
+            TOPICS.device("pi-a", "res"),
+            encode(Blank(header(), MessageKind.SCORES)),
+            "scores on a topic for ANSWER",
+        ),
         (TOPICS.device("pi-a", "info"), encode_text(info("mcu-b")), "device 'mcu-b' on the topic"),
         (TOPICS.device("pi-a", "req"), encode(answer()), "no topic"),
         (f"{TOPICS.root}/res", encode(answer()), "no topic"),
@@ -255,7 +266,8 @@ _PAYLOADS = st.one_of(
             _U32,
             _U32,
         )
-        | st.builds(Escalation, _HEADERS),
+        | st.builds(Escalation, _HEADERS, st.integers(0, 255))
+        | st.builds(Blank, _HEADERS, st.just(MessageKind.SCORES)),
     ),
     st.binary(max_size=60),
 )

@@ -15,6 +15,7 @@ from agent.protocol.errors import ManifestError
 from agent.protocol.manifest import Manifest
 from agent.protocol.messages import (
     Answer,
+    Blank,
     Escalation,
     Header,
     MessageKind,
@@ -362,7 +363,7 @@ def test_escalation_of_an_earlier_boot_is_refused() -> None:
     fleet = Engines(tiered(), CLEAR)
     fleet.silent = {"hub"}
     fleet.ask(7)
-    foreign = Escalation(Header(fleet.of["d0"].plan, 7, 5, 0, 2))
+    foreign = Escalation(Header(fleet.of["d0"].plan, 7, 5, 0, 2), 1)
     assert fleet.of["d0"].escalation(foreign) == []
     assert fleet.of["d0"].rejected == {Refusal.FOREIGN_BOOT: 1}
 
@@ -371,7 +372,7 @@ def test_device_without_an_exit_cannot_escalate() -> None:
     fleet = Engines(tiered(), CLEAR)
     fleet.silent = {"hub"}
     fleet.ask(7)
-    wrong = Escalation(Header(fleet.of["d0"].plan, 7, fleet.of["d1"].boot, 0, 1))
+    wrong = Escalation(Header(fleet.of["d0"].plan, 7, fleet.of["d1"].boot, 0, 1), 1)
     assert fleet.of["d0"].escalation(wrong) == []
     assert fleet.of["d0"].rejected == {Refusal.UNKNOWN_NODE: 1}
 
@@ -382,7 +383,7 @@ def test_features_of_old_requests_are_let_go() -> None:
     for number in range(KEPT_REQUESTS + 1):
         fleet.ask(number)
     hub = fleet.of["hub"]
-    asks = [Escalation(Header(hub.plan, number, hub.boot, 0, 2)) for number in (0, 1)]
+    asks = [Escalation(Header(hub.plan, number, hub.boot, 0, 2), 1) for number in (0, 1)]
     assert [len(fleet.of["d0"].escalation(message)) for message in asks] == [0, 1]
 
 
@@ -653,3 +654,281 @@ def test_effects_of_a_request_on_a_plain_device_are_one_run() -> None:
     assert isinstance(send, Send)
     assert isinstance(send.message, Answer)
     assert (send.message.queue_us, send.message.inference_us) == (5, 6)
+
+
+# Who has nothing to say, says so.
+
+
+def test_blind_device_is_not_waited_for() -> None:
+    fleet = Engines(answering(Fusion.MIN_ENTROPY), {"p0": UNSURE, "p1": SURE, "p2": NOT_MINE})
+    fleet.blind = {"d1"}
+    fleet.trigger(7)
+    (decision,) = fleet.decisions
+    assert decision.label == "class 0"
+    assert (decision.contributors, decision.blank) == (("n0", "n2"), ("n1",))
+    assert decision.missing == ()
+
+
+def test_fleet_that_sees_nothing_decides_nothing_at_once() -> None:
+    fleet = Engines(answering(Fusion.MIN_ENTROPY), {})
+    fleet.blind = {"d0", "d1", "d2"}
+    fleet.trigger(7)
+    (decision,) = fleet.decisions
+    assert (decision.label, decision.best_guess, decision.entropy) == (None, None, 1.0)
+    assert decision.blank == ("n0", "n1", "n2")
+
+
+def test_blind_device_is_skipped_by_the_exit_and_by_the_tier_above() -> None:
+    seen: list[NDArray[np.float32]] = []
+    fleet = Engines(tiered(), {**VAGUE, "rest": remember(seen)})
+    fleet.blind = {"d0"}
+    fleet.trigger(7)
+    (decision,) = fleet.decisions
+    assert (decision.tier, decision.blank, decision.contributors) == (2, ("n0",), ("n1",))
+    assert seen[0].tolist() == [0, 0, 0, 0, 0, 1]
+    assert fleet.kinds_sent() == [
+        ("d0", MessageKind.BLANK),
+        ("d1", MessageKind.SCORES),
+        ("hub", MessageKind.ESCALATION),
+        ("d0", MessageKind.BLANK),
+        ("d1", MessageKind.FEATURES),
+    ]
+
+
+def test_blank_of_another_kind_than_is_heard_is_refused() -> None:
+    fleet = Engines(tiered(), CLEAR)
+    hub = fleet.of["hub"]
+    header = Header(hub.plan, 7, fleet.of["d0"].boot, 0, 0)
+    assert hub.part("d0", Blank(header, MessageKind.FEATURES), 29) == []
+    assert hub.rejected == {Refusal.UNKNOWN_NODE: 1}
+
+
+def test_part_after_a_blank_is_a_second_one() -> None:
+    fleet = Engines(tiered(), CLEAR)
+    hub = fleet.of["hub"]
+    hub.request(fleet.request(7))
+    header = Header(hub.plan, 7, fleet.of["d0"].boot, 0, 0)
+    assert hub.part("d0", Blank(header, MessageKind.SCORES), 29) == []
+    part = TensorPart(MessageKind.SCORES, header, f4(9, 0, 0), 0, 0)
+    assert hub.part("d0", part, 52) == []
+    assert hub.rejected == {Refusal.DUPLICATE: 1}
+
+
+def test_device_alone_that_sees_nothing_says_so() -> None:
+    piece = Piece(name="all", inputs=(FRAME,), outputs=(Output.SCORES,))
+    bundle = manifest(
+        [(piece, entry("all", (4,), (3,)))],
+        ([Node(name="n", device="d", tier=0, piece="all")], [Exit(tier=0, threshold=LAST)]),
+    )
+    fleet = Engines(bundle, {})
+    fleet.blind = {"d"}
+    fleet.trigger(7)
+    (decision,) = fleet.decisions
+    assert (decision.blank, decision.missing, decision.contributors) == (("n",), (), ())
+
+
+# Two edges with a group of devices each, an exit below them and one above.
+
+
+def grouped(thresholds: tuple[float, float] = (0.5, 0.5)) -> Manifest:
+    """Four eyes; the exit "local" on all their scores; an edge for each two; the exit "edges" on
+    the edges' scores; a cloud on their features."""
+    pieces, nodes = [], []
+    for i in range(4):
+        piece = Piece(name=f"p{i}", inputs=(FRAME,), outputs=(Output.SCORES, Output.FEATURES))
+        pieces.append((piece, entry(piece.name, (4,), (3,))))
+        nodes.append(Node(name=f"n{i}", device=f"d{i}", tier=0, piece=piece.name))
+    everybody = tuple(node.name for node in nodes)
+    nodes.append(Node(name="local", device="hub", tier=1, listens_to=everybody, fusion=Fusion.MAX))
+    for i in range(2):
+        group = everybody[2 * i : 2 * i + 2]
+        piece = Piece(
+            name=f"mid{i}",
+            inputs=tuple(f"p{name[1]}" for name in group),
+            outputs=(Output.SCORES, Output.FEATURES),
+        )
+        pieces.append((piece, entry(piece.name, (6,), (3,))))
+        nodes.append(
+            Node(
+                name=f"edge{i}", device=f"e{i}", tier=2, piece=piece.name,
+                listens_to=group, fusion=Fusion.CONCAT,
+            )
+        )  # fmt: skip
+    edges = ("edge0", "edge1")
+    nodes.append(Node(name="edges", device="post", tier=3, listens_to=edges, fusion=Fusion.MEAN))
+    big = Piece(name="big", inputs=("mid0", "mid1"), outputs=(Output.SCORES,))
+    pieces.append((big, entry("big", (6,), (3,))))
+    nodes.append(
+        Node(
+            name="cloud", device="sky", tier=4, piece="big", listens_to=edges, fusion=Fusion.CONCAT
+        )
+    )
+    exits = [Exit(tier=1, threshold=thresholds[0]), Exit(tier=3, threshold=thresholds[1])]
+    return manifest(pieces, (nodes, [*exits, Exit(tier=4, threshold=LAST)]))
+
+
+EYES = {f"p{i}": always(0.1, 0, i / 10) for i in range(4)}
+MIDS = {"mid0": lambda x: x[:3], "mid1": lambda x: x[3:]}
+GROUPS: dict[str, Compute] = {**EYES, **MIDS, "big": always(0, 9, 0)}
+
+
+def test_each_edge_hears_its_own_group_and_the_cloud_hears_the_edges() -> None:
+    seen: list[NDArray[np.float32]] = []
+
+    def big(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(values)
+        return f4(0, 9, 0)
+
+    fleet = Engines(grouped(), {**GROUPS, "big": big})
+    fleet.ask(7)
+    assert [(d.tier, d.label, d.missing) for d in fleet.decisions] == [(4, "class 1", ())]
+    assert fleet.decisions[0].contributors == ("edge0", "edge1")
+    np.testing.assert_allclose(seen[0], [0.1, 0, 0, 0.1, 0, 0.3])
+    scores, features = MessageKind.SCORES, MessageKind.FEATURES
+    sent = fleet.kinds_sent()
+    assert sent[:5] == [(f"d{i}", scores) for i in range(4)] + [("hub", MessageKind.ESCALATION)]
+    assert sorted(sent[5:11]) == sorted(
+        [(f"d{i}", features) for i in range(4)] + [(f"e{i}", scores) for i in range(2)]
+    )
+    assert sent[11:] == [("post", MessageKind.ESCALATION)] + [(f"e{i}", features) for i in range(2)]
+
+
+def test_exit_of_the_edges_answers_before_the_cloud() -> None:
+    sure = {"mid0": always(0, 0, 30), "mid1": always(0, 0, 20)}
+    fleet = Engines(grouped(), {**GROUPS, **sure})
+    fleet.ask(7)
+    fleet.later(5.0)
+    assert [(d.tier, d.label) for d in fleet.decisions] == [(3, "class 2")]
+    assert ("e0", MessageKind.FEATURES) not in fleet.kinds_sent()
+
+
+def test_local_exit_answers_before_any_edge_runs() -> None:
+    fleet = Engines(grouped(), {**GROUPS, "p3": always(50, 0, 0)})
+    fleet.ask(7)
+    fleet.later(5.0)
+    assert [(d.tier, d.label) for d in fleet.decisions] == [(1, "class 0")]
+    assert fleet.runs == ["p0", "p1", "p2", "p3"]
+
+
+@pytest.mark.parametrize("gone", ["hub", "post", "e0", "d0", "sky"])
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_fleet_decides_once_without_any_of_its_devices(gone: str, when: str) -> None:
+    fleet = Engines(grouped(), GROUPS)
+    if when == "before":
+        fleet.tell_offline(gone)
+    else:
+        fleet.silent = {gone}
+    fleet.ask(7)
+    if when == "during":
+        fleet.tell_offline(gone)
+    fleet.later(5.0)
+    if gone == "sky":  # nobody is left who could decide
+        assert fleet.decisions == []
+    else:
+        (decision,) = fleet.decisions
+        assert (decision.tier, decision.label) == (4, "class 1")
+        assert decision.missing == (("edge0",) if gone == "e0" else ())
+
+
+def test_cloud_goes_on_when_all_exits_below_are_gone() -> None:
+    fleet = Engines(grouped(), GROUPS)
+    fleet.tell_offline("hub")
+    fleet.tell_offline("post")
+    fleet.ask(7)
+    (decision,) = fleet.decisions
+    assert (decision.tier, decision.missing) == (4, ())
+    asked = [m.tier for device, m in fleet.sent if isinstance(m, Escalation) and device == "sky"]
+    assert asked == [1, 3]
+
+
+def test_cloud_waits_for_a_lower_exit_that_is_there_when_the_one_between_is_gone() -> None:
+    fleet = Engines(grouped(), {**GROUPS, "p3": always(50, 0, 0)})
+    fleet.tell_offline("post")
+    fleet.ask(7)
+    fleet.later(5.0)
+    assert [decision.tier for decision in fleet.decisions] == [1]
+
+
+def test_frozen_exit_is_passed_over_when_its_time_is_over() -> None:
+    fleet = Engines(grouped(), GROUPS)
+    fleet.silent = {"hub"}  # online for all that the others know
+    fleet.ask(7)
+    fleet.later(0.374)  # its share is a quarter, and half a share later it is given up
+    assert fleet.decisions == []
+    fleet.later(0.001)
+    (decision,) = fleet.decisions
+    assert (decision.tier, decision.missing) == (4, ())
+
+
+def test_last_tier_answers_in_time_even_if_all_exits_are_frozen() -> None:
+    fleet = Engines(grouped(), GROUPS)
+    fleet.silent = {"hub", "post"}
+    fleet.ask(7)
+    for _ in range(8):
+        fleet.later(0.125)
+    (decision,) = fleet.decisions
+    assert (decision.tier, decision.label) == (4, None)  # the edges were never asked to go on
+    assert decision.missing == ("edge0", "edge1")
+
+
+def test_exit_whose_request_was_taken_over_stays_silent() -> None:
+    fleet = Engines(grouped(), GROUPS)
+    fleet.silent = {"hub"}
+    fleet.ask(7)
+    fleet.silent = set()
+    hub = fleet.of["hub"]
+    hub.request(fleet.request(7))
+    fleet.later(0.375)
+    told = [hub.part(d, m, 52) for d, m in fleet.sent if m.kind is MessageKind.SCORES]
+    assert [decision.tier for decision in fleet.decisions] == [4]
+    assert not any(told)
+    fleet.later(5.0)
+    assert len(fleet.decisions) == 1
+
+
+def test_exit_that_dies_after_its_answer_is_not_answered_again() -> None:
+    fleet = Engines(tiered(), {**CLEAR, "rest": always(0, 9, 0)})
+    fleet.ask(7)
+    fleet.tell_offline("hub")
+    fleet.later(5.0)
+    assert [decision.tier for decision in fleet.decisions] == [1]
+
+
+def test_only_tiers_that_may_step_in_hear_of_decisions() -> None:
+    fleet = Engines(grouped(), {})
+    assert {name for name, engine in fleet.of.items() if engine.decisions} == {"post", "sky"}
+
+
+def test_device_may_exit_alone_and_its_cloud_takes_its_features() -> None:
+    pieces = [
+        (
+            Piece(name="eye", inputs=(FRAME,), outputs=(Output.SCORES, Output.FEATURES)),
+            entry("eye", (4,), (3,)),
+        ),
+        (Piece(name="rest", inputs=("eye",), outputs=(Output.SCORES,)), entry("rest", (3,), (3,))),
+    ]
+    nodes = [
+        Node(name="n", device="d", tier=0, piece="eye"),
+        Node(
+            name="cloud",
+            device="sky",
+            tier=1,
+            piece="rest",
+            listens_to=("n",),
+            fusion=Fusion.CONCAT,
+        ),
+    ]
+    bundle = manifest(pieces, (nodes, [Exit(tier=0, threshold=0.5), Exit(tier=1, threshold=LAST)]))
+    sure = Engines(bundle, {"eye": always(9, 0, 0)})
+    sure.ask(7)
+    assert [(d.tier, d.contributors) for d in sure.decisions] == [(0, ("n",))]
+    assert sure.sent == []
+    unsure = Engines(bundle, {"eye": always(0.1, 0, 0), "rest": always(0, 9, 0)})
+    unsure.ask(7)
+    assert [(d.tier, d.label) for d in unsure.decisions] == [(1, "class 1")]
+    slow = Engines(bundle, {"eye": always(9, 0, 0), "rest": always(0, 9, 0)})
+    (run,) = slow.of["d"].request(slow.request(7))
+    slow.settle([("sky", slow.of["sky"].request(slow.request(7)))])
+    slow.later(0.5)  # the cloud asks, as half of the time is over
+    slow.settle([("d", slow.of["d"].ran(run, f4(9, 0, 0), 1, 1))])  # type: ignore[arg-type]
+    assert [(d.tier, d.label) for d in slow.decisions] == [(1, "class 1")]

@@ -12,6 +12,7 @@ from agent.protocol.errors import WireError
 from agent.protocol.manifest import Manifest
 from agent.protocol.messages import (
     Answer,
+    Blank,
     Decision,
     DeviceInfo,
     DeviceStats,
@@ -51,6 +52,7 @@ Content = (
     | Request
     | Answer
     | TensorPart
+    | Blank
     | Escalation
     | Rejected
     | Connection
@@ -103,8 +105,9 @@ def _content(leaf: str, device: str | None, payload: bytes) -> Content:
         return decode_text(Decision, payload)
     if leaf in _BINARY and (device is None) == leaf.startswith("infer/"):
         message = decode(payload)
-        if message.kind is not _BINARY[leaf]:
-            raise WireError(f"{message.kind.name.lower()} on a topic for {_BINARY[leaf].name}")
+        kind = message.of if isinstance(message, Blank) else message.kind
+        if kind is not _BINARY[leaf]:
+            raise WireError(f"{kind.name.lower()} on a topic for {_BINARY[leaf].name}")
         return message
     if device is not None and leaf == "status":
         return Status.decode(payload)
@@ -211,10 +214,13 @@ def _body(content: Message, names: Names, values: bool) -> dict[str, Any]:
             "inference_ms": content.inference_us / 1e3,
         }
     if isinstance(content, Escalation):
-        return {}
+        return {"tier": content.tier}
+    if isinstance(content, Blank):
+        return {"of": content.of.name.lower()}
     body: dict[str, Any]
     if isinstance(content, Request):
-        tensor, body = content.frame, {"deadline_ms": content.deadline_ms}
+        tensor = content.frame
+        body = {"deadline_ms": content.deadline_ms, "sample": content.sample}
     else:
         tensor = content.values
         body = {"queue_ms": content.queue_us / 1e3, "inference_ms": content.inference_us / 1e3}
@@ -271,6 +277,7 @@ def decision_text(decision: Decision) -> str:
     """What was decided, how surely, how fast, and who was missing."""
     text = f"{decision_label(decision)} entropy {decision.entropy:.3f}"
     text += f" tier {decision.tier} in {decision.latency.total_ms:.1f} ms"
+    text += f", blank: {', '.join(decision.blank)}" if decision.blank else ""
     return text + (f", missing: {', '.join(decision.missing)}" if decision.missing else "")
 
 
@@ -285,10 +292,14 @@ def decision_label(decision: Decision) -> str:
 def _binary_text(content: Message, names: Names) -> str:
     node = names.node(content.header)
     if isinstance(content, Escalation):
-        return f"from {node}"
+        return f"from {node}: tier {content.tier} is unsure"
+    if isinstance(content, Blank):
+        return f"{node}: no {content.of.name.lower()}, nothing seen"
     if isinstance(content, Request):
         frame = content.frame
-        what = "trigger" if frame is None else f"frame {_shape(frame.shape, frame.dtype.name)}"
+        what = "trigger" if content.sample is None else f"trigger of sample {content.sample}"
+        if frame is not None:
+            what = f"frame {_shape(frame.shape, frame.dtype.name)}"
         return f"{what}, deadline {content.deadline_ms} ms"
     times = f"queue {content.queue_us / 1e3:.2f} ms, inference {content.inference_us / 1e3:.2f} ms"
     if isinstance(content, TensorPart):

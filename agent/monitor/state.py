@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from agent.protocol.fleet import Fleet
 from agent.protocol.messages import (
     Answer,
+    Blank,
     Decision,
     DeviceInfo,
     DeviceStats,
@@ -203,7 +204,7 @@ def _heard(event: Event, device_id: str, state: FleetState) -> FleetState:
         device = replace(device, stats=content)
     elif isinstance(content, Answer):
         device = replace(device, last_answer=content, parts=device.parts + 1)
-    elif isinstance(content, TensorPart):
+    elif isinstance(content, TensorPart | Blank):
         device = replace(device, parts=device.parts + 1)
     elif isinstance(content, Rejected):
         device = replace(device, rejected=device.rejected + 1)

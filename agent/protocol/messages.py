@@ -35,9 +35,18 @@ assert CRC.size == 4
 ANSWER_BODY = struct.Struct("<HBxffII")
 """class u16, known u8, pad, entropy f32, confidence f32, queue_us u32, inference_us u32."""
 assert ANSWER_BODY.size == 20
-REQUEST_BODY = struct.Struct("<I")
-"""deadline_ms u32; then a tensor, or nothing for a trigger."""
-assert REQUEST_BODY.size == 4
+REQUEST_BODY = struct.Struct("<IBxxx")
+"""deadline_ms u32, content u8, pad 3; then what the content is: see `Content`."""
+assert REQUEST_BODY.size == 8
+SAMPLE = struct.Struct("<I")
+"""sample u32."""
+assert SAMPLE.size == 4
+ESCALATION_BODY = struct.Struct("<B")
+"""tier u8."""
+assert ESCALATION_BODY.size == 1
+BLANK_BODY = struct.Struct("<B")
+"""kind u8 of the message in whose place it is sent."""
+assert BLANK_BODY.size == 1
 TIMING = struct.Struct("<II")
 """queue_us u32, inference_us u32; then a tensor."""
 assert TIMING.size == 8
@@ -56,6 +65,19 @@ class MessageKind(IntEnum):
     SCORES = 3
     FEATURES = 4
     ESCALATION = 5
+    BLANK = 6
+
+
+class Content(IntEnum):
+    """What a request gives the fleet to look at.
+
+    NOTHING: each device reads its sensor. SAMPLE: the same, and which sample of a recorded sensor.
+    FRAME: a tensor.
+    """
+
+    NOTHING = 0
+    SAMPLE = 1
+    FRAME = 2
 
 
 class WireType(IntEnum):
@@ -102,12 +124,15 @@ class Request:
     Attributes:
         frame: uint8, int8, float32 or bool array, at most 8 axes, or None.
         deadline_ms: Time the fleet has, 1 to 2^32 - 1.
+        sample: Of a trigger: which sample the devices shall take whose sensors are recordings, so
+            that a test can be repeated; 0 to 2^32 - 1. None: what is there now.
     """
 
     kind: ClassVar = MessageKind.REQUEST
     header: Header
     deadline_ms: int
     frame: NDArray[np.generic] | None
+    sample: int | None = None
 
 
 @dataclass(frozen=True)
@@ -149,13 +174,43 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class Escalation:
-    """A tier that was unsure asks the tiers below for their features of one request."""
+    """A tier is unsure of one request: those below send their features, those above go on.
+
+    Attributes:
+        tier: The exit that has not answered. It is the sender's own, or one below whose devices are
+            gone or silent, in whose place the sender asks.
+    """
 
     kind: ClassVar = MessageKind.ESCALATION
     header: Header
+    tier: int
 
 
-Message = Request | Answer | TensorPart | Escalation
+@dataclass(frozen=True)
+class Blank:
+    """A node has nothing for a request: its sensor saw nothing, or whom it listens to did not.
+
+    It comes in place of a part, on the part's topic, so that nobody waits for that. Fusions go on
+    without the node, as they do without one that is gone.
+
+    Attributes:
+        of: What will not come: answer, scores or features.
+    """
+
+    kind: ClassVar = MessageKind.BLANK
+    header: Header
+    of: MessageKind
+
+
+PART_KINDS = frozenset({MessageKind.ANSWER, MessageKind.SCORES, MessageKind.FEATURES})
+Part = Answer | TensorPart | Blank
+"""What a node sends to those who listen to it."""
+Message = Request | Part | Escalation
+
+
+def part_kind(part: Part) -> MessageKind:
+    """What a part is, or what it is in place of: answer, scores or features."""
+    return part.of if isinstance(part, Blank) else part.kind
 
 
 def encode(message: Message) -> bytes:
@@ -183,8 +238,14 @@ def _encode_body(message: Message) -> bytes:
     if isinstance(message, Request):
         if message.deadline_ms < 1:
             raise ValueError(f"a deadline of {message.deadline_ms} ms")
-        frame = b"" if message.frame is None else _encode_tensor(message.frame)
-        return REQUEST_BODY.pack(message.deadline_ms) + frame
+        if message.frame is not None and message.sample is not None:
+            raise ValueError("a request has a frame or a sample's number, not both")
+        content, rest = Content.NOTHING, b""
+        if message.frame is not None:
+            content, rest = Content.FRAME, _encode_tensor(message.frame)
+        elif message.sample is not None:
+            content, rest = Content.SAMPLE, SAMPLE.pack(message.sample)
+        return REQUEST_BODY.pack(message.deadline_ms, content) + rest
     if isinstance(message, Answer):
         if problem := _answer_problem(message.known, message.entropy, message.confidence):
             raise ValueError(problem)
@@ -200,7 +261,11 @@ def _encode_body(message: Message) -> bytes:
         if message.kind not in (MessageKind.SCORES, MessageKind.FEATURES):
             raise ValueError(f"a tensor part holds scores or features, not {message.kind!r}")
         return TIMING.pack(message.queue_us, message.inference_us) + _encode_tensor(message.values)
-    return b""
+    if isinstance(message, Blank):
+        if message.of not in PART_KINDS:
+            raise ValueError(f"nothing can be blank of {message.of!r}")
+        return BLANK_BODY.pack(message.of)
+    return ESCALATION_BODY.pack(message.tier)
 
 
 def decode(payload: bytes) -> Message:
@@ -235,9 +300,12 @@ def decode(payload: bytes) -> Message:
             return TensorPart(MessageKind.SCORES, header, values, queue_us, inference_us)
         return TensorPart(MessageKind.FEATURES, header, values, queue_us, inference_us)
     if kind == MessageKind.ESCALATION:
-        if len(body):
-            raise WireError(f"{len(body)} bytes too many")
-        return Escalation(header)
+        return Escalation(header, _unpack_all(ESCALATION_BODY, body)[0])
+    if kind == MessageKind.BLANK:
+        (of,) = _unpack_all(BLANK_BODY, body)
+        if of not in PART_KINDS:
+            raise WireError(f"blank in place of kind {of}")
+        return Blank(header, MessageKind(of))
     raise WireError(f"unknown message kind {kind}")
 
 
@@ -247,12 +315,28 @@ def _unpack(layout: struct.Struct, body: memoryview) -> tuple[int, ...]:
     return layout.unpack_from(body)
 
 
+def _unpack_all(layout: struct.Struct, body: memoryview) -> tuple[int, ...]:
+    if len(body) > layout.size:
+        raise WireError(f"{len(body) - layout.size} bytes too many")
+    return _unpack(layout, body)
+
+
 def _decode_request(header: Header, body: memoryview) -> Request:
-    (deadline_ms,) = _unpack(REQUEST_BODY, body)
+    deadline_ms, content = _unpack(REQUEST_BODY, body)
     if deadline_ms == 0:
         raise WireError("a deadline of 0 ms")
-    tensor = body[REQUEST_BODY.size :]
-    return Request(header, deadline_ms, _decode_tensor(tensor) if len(tensor) else None)
+    if any(body[5:8]):
+        raise WireError("padding in the request is not zero")
+    rest = body[REQUEST_BODY.size :]
+    if content == Content.FRAME:
+        return Request(header, deadline_ms, _decode_tensor(rest))
+    if content == Content.SAMPLE:
+        return Request(header, deadline_ms, None, _unpack_all(SAMPLE, rest)[0])
+    if content != Content.NOTHING:
+        raise WireError(f"unknown content {content} of a request")
+    if len(rest):
+        raise WireError(f"{len(rest)} bytes too many")
+    return Request(header, deadline_ms, None)
 
 
 def _decode_answer(header: Header, body: memoryview) -> Answer:
@@ -358,7 +442,9 @@ class Decision(Contract):
         entropies: Normalized entropy by node, of those that sent one.
         contributors: Nodes whose parts are in the decision.
         missing: Nodes that were expected and did not answer by the deadline.
-        bytes_received: Payload bytes that the aggregator received for this request.
+        blank: Nodes that said that they have nothing, for want of anything to see.
+        bytes_received: Payload bytes of the parts that the deciding node received for this request.
+            What crossed the wire between all nodes is told by `agent.traffic`.
     """
 
     format: Literal[1] = 1
@@ -373,6 +459,7 @@ class Decision(Contract):
     entropies: dict[str, float]
     contributors: tuple[str, ...]
     missing: tuple[str, ...]
+    blank: tuple[str, ...] = ()
     bytes_received: Annotated[int, Field(ge=0)]
     latency: Latency
 

@@ -16,8 +16,8 @@ class Topics:
     | `dev/<id>/stats` | 0 | `DeviceStats`, JSON |
     | `infer/req` | 0 | `Request`, binary |
     | `infer/up` | 0 | `Escalation`, binary |
-    | `dev/<id>/res` | 0 | `Answer`, binary |
-    | `dev/<id>/scores`, `dev/<id>/feat` | 0 | `TensorPart`, binary |
+    | `dev/<id>/res` | 0 | `Answer` or `Blank`, binary |
+    | `dev/<id>/scores`, `dev/<id>/feat` | 0 | `TensorPart` or `Blank`, binary |
     | `decision` | 1 | `Decision`, JSON |
     | `decision/last` | 1, retained, at most one a second | `Decision`, JSON |
     """
