@@ -6,7 +6,8 @@ Mappings are keyed by position in the node's `listens_to`; who is absent has no 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from agent.protocol.errors import ScoreError
 from agent.protocol.messages import Answer
 from agent.protocol.plan import ANSWER_FUSIONS, Fusion
-from agent.protocol.scores import entropy_features
+from agent.protocol.scores import VOTE_UNITS, Vote, entropy_features
 
 
 def mlp_input(answers: Mapping[int, Answer], nodes: int) -> NDArray[np.float32]:
@@ -62,6 +63,33 @@ def believed(
             for row, x, e, d in zip(rows, distrust, eta, doubt, strict=True)
         ]
     return positions[keys.index(min(keys))]
+
+
+def outvoting(
+    answer: Answer, votes: Iterable[Vote | None], orphans: frozenset[int]
+) -> tuple[int, float] | None:
+    """The orphaned class that is the better guess: `agent.protocol.scores.outvoted` of one input.
+
+    Args:
+        answer: The believed one.
+        votes: Of each node that is present.
+        orphans: Classes that only missing nodes answer.
+
+    Returns:
+        The class and its strength, None where the answer stands.
+    """
+    if answer.known:
+        return None
+    cast = [vote for vote in votes if vote is not None]
+    totals: Counter[int] = Counter()
+    for vote in cast:
+        if vote.class_index in orphans:
+            totals[vote.class_index] += vote.weight
+    if not totals:
+        return None
+    strongest = min(totals, key=lambda c: (-totals[c], c))
+    strength = totals[strongest] / (VOTE_UNITS * len(cast))
+    return (strongest, strength) if strength > array("f", [answer.confidence])[0] else None
 
 
 def fuse_tensors(

@@ -24,13 +24,13 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.fuse import believed, fuse_tensors, fused_shape, mlp_input
+from agent.fuse import believed, fuse_tensors, fused_shape, mlp_input, outvoting
 from agent.gather import MAX_OPEN_REQUESTS, Collection, Gather, Refusal, Roster, Source
 from agent.protocol.errors import ManifestError, ScoreError
 from agent.protocol.manifest import Manifest
@@ -51,7 +51,7 @@ from agent.protocol.messages import (
 )
 from agent.protocol.plan import ANSWER_FUSIONS, Fusion, Node, Output, Strategy
 from agent.protocol.quantization import dequantize, from_bits, row_dequantizer, to_bits
-from agent.protocol.scores import RowReader, normalized_entropy, softmax
+from agent.protocol.scores import RowReader, foreign_classes, normalized_entropy, softmax
 
 KEPT_REQUESTS = 64
 """How many requests a node keeps its features of, in case it is asked for them."""
@@ -119,15 +119,25 @@ class _Verdict:
 
 @dataclass(frozen=True, eq=False)
 class _Form:
-    """What a part of one node must look like: classes of an answer, shape and dtype of a tensor."""
+    """What a part of one node must look like: classes of an answer, shape and dtype of a tensor.
+
+    Attributes:
+        classes: That its answer may name.
+        foreign: That its vote may name; empty = it has none.
+    """
 
     classes: frozenset[int]
+    foreign: frozenset[int]
     shape: tuple[int, ...] | None
     dtype: np.dtype[np.generic]
 
     def fits(self, part: Answer | TensorPart) -> bool:
         if isinstance(part, Answer):
-            return part.class_index in self.classes
+            if part.class_index not in self.classes:
+                return False
+            if part.vote is None:
+                return not self.foreign
+            return part.vote.class_index in self.foreign
         values = part.values
         if values.shape != self.shape or values.dtype != self.dtype:
             return False
@@ -165,6 +175,8 @@ class _LocalNode:
     gather: Gather | None
     shapes: tuple[tuple[int, ...], ...]
     """Shapes of what it hears, for fusions of tensors."""
+    classes: tuple[frozenset[int], ...]
+    """Classes that each of those it hears may name, for fusions of answers."""
     at_once: frozenset[MessageKind]
     on_demand: dict[int, frozenset[MessageKind]]
     """By the tier that escalates: what to send then."""
@@ -409,6 +421,7 @@ class Engine:
                     told.entropy,
                     told.confidence,
                     *timing,
+                    told.vote,
                 )
                 verdict = _Verdict(told.class_index, told.known, told.entropy)
             elif local.exit_threshold is not None:
@@ -653,13 +666,20 @@ class Engine:
         fused_s: float,
         trust: NDArray[np.float32] | None,
     ) -> list[Effect]:
-        """Believe one of the answers. Without its network, `entropy_mlp` becomes `min_entropy`."""
+        """Believe one of the answers. Without its network, `entropy_mlp` becomes `min_entropy`.
+
+        Where nobody knows, the votes may make a class whose nodes are all missing the best guess.
+        """
         fusion = local.node.fusion
         assert fusion is not None
         if fusion is Fusion.ENTROPY_MLP and trust is None:
             fusion = Fusion.MIN_ENTROPY
         answers = _answers(collection)
         winner = answers[believed(fusion, answers, trust)]
+        votes = (answer.vote for answer in answers.values())
+        orphan = outvoting(winner, votes, _orphans(local, answers))
+        if orphan is not None:
+            winner = replace(winner, class_index=orphan[0], confidence=orphan[1])
         verdict = _Verdict(winner.class_index, winner.known, winner.entropy)
         timing = (winner.queue_us, winner.inference_us)
         told = Answer(
@@ -775,6 +795,14 @@ def _answers(collection: Collection) -> dict[int, Answer]:
     return {i: part for i, part in collection.parts.items() if isinstance(part, Answer)}
 
 
+def _orphans(local: _LocalNode, present: Container[int]) -> frozenset[int]:
+    """Classes that only nodes without an answer may name: they are missing, or saw nothing."""
+    heard, missing = set[int](), set[int]()
+    for position, classes in enumerate(local.classes):
+        (heard if position in present else missing).update(classes)
+    return frozenset(missing - heard)
+
+
 def _verdict(scores: NDArray[np.float32]) -> _Verdict:
     """Scores over all classes as a class and its normalized entropy."""
     probabilities = softmax(scores.reshape(-1))
@@ -869,6 +897,7 @@ def _form(manifest: Manifest, strategy: int, node: int, kind: MessageKind) -> _F
         dtype = spec.dtype if spec.levels is None else "bool"
     return _Form(
         _classes_of(manifest, graph, sender),
+        _foreign_classes_of(manifest, sender),
         _shape_of(manifest, graph, sender, kind),
         np.dtype(dtype),
     )
@@ -881,6 +910,14 @@ def _classes_of(manifest: Manifest, strategy: Strategy, node: Node) -> frozenset
         return frozenset().union(*heard)
     rule = None if node.piece is None else manifest.plan.piece(node.piece).answer
     return frozenset() if rule is None else frozenset(rule.classes)
+
+
+def _foreign_classes_of(manifest: Manifest, node: Node) -> frozenset[int]:
+    """Classes that a node's votes may name."""
+    if node.fusion in ANSWER_FUSIONS or node.piece is None:
+        return frozenset()
+    rule = manifest.plan.piece(node.piece).answer
+    return frozenset() if rule is None else frozenset(foreign_classes(rule))
 
 
 def _stages(strategy: Strategy) -> dict[str, int]:
@@ -953,12 +990,13 @@ def _place(
     for number, node in enumerate(strategy.nodes):
         if node.device != device:
             continue
-        sources = []
+        sources, classes = [], []
         for name in node.listens_to:
             sender = strategy.node(name)
             kind = _kind_heard(manifest, strategy, node, sender)
             assert kind is not None
             sources.append(Source(numbers[name], name, sender.device, kind))
+            classes.append(_classes_of(manifest, strategy, sender))
         at_once, elsewhere = set(), set()
         on_demand: dict[int, set[MessageKind]] = {}
         for listener in strategy.nodes:
@@ -993,6 +1031,7 @@ def _place(
                 if sources
                 else None,
                 shapes=tuple(shape or () for shape in _shapes_heard(manifest, strategy, node)),
+                classes=tuple(classes),
                 at_once=frozenset(at_once),
                 on_demand={tier: frozenset(kinds) for tier, kinds in on_demand.items()},
                 elsewhere=frozenset(elsewhere),

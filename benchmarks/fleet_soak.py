@@ -27,8 +27,8 @@ from agent.protocol.errors import DeviceUnreachable
 from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest, read_manifest
 from agent.protocol.messages import Decision
-from agent.protocol.plan import Fusion
-from agent.protocol.scores import answer, most_trusted
+from agent.protocol.plan import AnswerRule, Fusion
+from agent.protocol.scores import Answers, answer, most_trusted, outvoted
 from agent.runtime import load_piece
 from agent.up import FleetProcesses
 from benchmarks.record import Row, circumstances, report
@@ -56,6 +56,7 @@ class Expected:
         strategy = manifest.plan.strategies[0]
         self.classes = manifest.plan.classes
         self.nodes = strategy.aggregator.listens_to
+        self.owned = [self._rule(manifest, name).classes for name in self.nodes]
         assert strategy.aggregator.fusion is not None
         self.fusion = strategy.aggregator.fusion
         if self.fusion is Fusion.ENTROPY_MLP:
@@ -67,8 +68,16 @@ class Expected:
         self.entropies = np.stack([x.entropies for x in told], axis=1)
         self.confidences = np.stack([x.confidences for x in told], axis=1)
         self.known = np.stack([x.known for x in told], axis=1)
+        self.told = told
 
-    def _answers(self, bundle: Path, manifest: Manifest, node: str) -> Any:
+    def _rule(self, manifest: Manifest, node: str) -> AnswerRule:
+        name = manifest.plan.strategies[0].node(node).piece
+        assert name is not None
+        rule = manifest.plan.piece(name).answer
+        assert rule is not None
+        return rule
+
+    def _answers(self, bundle: Path, manifest: Manifest, node: str) -> Answers:
         name = manifest.plan.strategies[0].node(node).piece
         assert name is not None
         runtime = load_fleet(bundle / "fleet.yaml").device(
@@ -76,9 +85,7 @@ class Expected:
         )
         piece = load_piece(bundle, manifest.entry(name), manifest.frame, runtime.runtime)
         logits = np.stack([piece.run(frame).reshape(-1) for frame in self.frames])
-        rule = manifest.plan.piece(name).answer
-        assert rule is not None
-        return answer(logits, rule)
+        return answer(logits, self._rule(manifest, node))
 
     def agrees(self, frame: int, decision: Decision) -> bool:
         """Whether a decision is that of this frame, given who contributed."""
@@ -96,7 +103,17 @@ class Expected:
             self.known[frame, columns][np.newaxis],
         )
         winner = columns[int(best[0])]
-        guess = self.classes[self.class_index[frame, winner]]
+        missing = set(range(len(self.nodes))) - set(columns)
+        orphans = {c for k in missing for c in self.owned[k]}
+        orphans -= {c for k in columns for c in self.owned[k]}
+        orphan, _ = outvoted(
+            self.known[frame, [winner]],
+            self.confidences[frame, [winner]],
+            [self.told[k].take(np.array([frame])).votes for k in columns],
+            orphans,
+        )
+        index = int(orphan[0]) if orphan[0] >= 0 else self.class_index[frame, winner]
+        guess = self.classes[index]
         label = guess if self.known[frame, winner] else None
         return decision.best_guess == guess and decision.label == label
 

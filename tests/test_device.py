@@ -137,7 +137,7 @@ def test_fleet_decides_what_its_pieces_say(
         assert decision.label == expected(toy, frame)
         assert decision.contributors == ("node-0", "node-1", "node-2")
         assert decision.missing == ()
-        assert decision.bytes_received == 3 * 48
+        assert decision.bytes_received == 3 * 52
 
 
 def test_fleet_recognises_digits(asker: Asker, toy: Toy, frames: NDArray[np.uint8]) -> None:

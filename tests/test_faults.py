@@ -40,6 +40,7 @@ from agent.protocol.messages import (
     encode,
     encode_text,
 )
+from agent.protocol.scores import Vote
 from agent.protocol.topics import Topics
 from agent.up import FleetProcesses
 
@@ -197,6 +198,22 @@ def test_killed_agent_is_missing_and_the_fleet_decides_without_it(fleet: Fleet) 
     assert time.monotonic() - begin_s < DEADLINE_MS / 1e3  # known to be gone: not waited for
 
 
+def test_others_votes_name_the_classes_of_a_killed_agent(fleet: Fleet) -> None:
+    labels = digits()[1][-200:][:40]
+    lost = [int(i) for i in np.flatnonzero(labels <= 3)]  # the classes of node-0
+    fleet.signal("eye-0", signal.SIGKILL)
+    assert eventually(lambda: fleet.record.statuses["eye-0"] is Status.OFFLINE)
+    right = 0
+    for i in lost:
+        decision = fleet.ask(i)
+        assert decision.missing == ("node-0",)
+        # Whether they know is up to those present; their votes are never more than a guess.
+        right += decision.best_guess == fleet.manifest.plan.classes[labels[i]]
+        if decision.best_guess in fleet.manifest.plan.classes[:4]:
+            assert decision.label is None
+    assert right >= 0.6 * len(lost)
+
+
 def test_frozen_agent_is_missing_at_the_deadline_and_too_late_afterwards(fleet: Fleet) -> None:
     fleet.signal("eye-0", signal.SIGSTOP)
     try:
@@ -288,7 +305,7 @@ def forged(fleet: Fleet, request: str, **header: int) -> Answer:
         "strategy": 0,
         "node": 0,
     }
-    return Answer(Header(**(fields | header)), 0, True, 0.0, 1.0, 0, 0)
+    return Answer(Header(**(fields | header)), 0, True, 0.0, 1.0, 0, 0, Vote(9, 0))
 
 
 @pytest.mark.parametrize("changed", ["boot", "plan", "strategy", "node"])

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.fuse import believed, fuse_tensors, fused_shape, mlp_input
+from agent.fuse import believed, fuse_tensors, fused_shape, mlp_input, outvoting
 from agent.protocol.errors import ScoreError
 from agent.protocol.messages import Answer, Header
 from agent.protocol.plan import Fusion
-from agent.protocol.scores import most_trusted
+from agent.protocol.scores import VOTE_UNITS, Vote, Votes, most_trusted, outvoted
 
 HEADER = Header(1, 2, 3, 0, 0)
 
@@ -165,3 +165,70 @@ def test_device_believes_whom_the_exporter_calibrated_for(
     known = [row[2] for row in rows]
     column = most_trusted(fusion, [entropies], [confidences], [known], [trust])
     assert believed(fusion, answers, f4(*trust)) == column[0]
+
+
+HALF = VOTE_UNITS // 2
+GUESS, ORPHANS = says(1.0, 0.3), frozenset({4, 5})
+
+
+def test_votes_for_an_orphan_beat_a_weaker_guess() -> None:
+    votes = [Vote(4, VOTE_UNITS), Vote(4, 0), Vote(9, VOTE_UNITS), None]
+    assert outvoting(GUESS, votes, ORPHANS) == (4, pytest.approx(1 / 3))
+
+
+def test_votes_leave_a_known_answer_alone() -> None:
+    assert outvoting(says(0.9, 0.3), [Vote(4, VOTE_UNITS)], ORPHANS) is None
+
+
+def test_votes_must_be_stronger_than_the_guess() -> None:
+    sure = says(1.0, 1.0)
+    assert outvoting(sure, [Vote(4, VOTE_UNITS)], ORPHANS) is None
+    assert outvoted([False], [1.0], [voted(Vote(4, VOTE_UNITS))], ORPHANS)[0] == [-1]
+    assert outvoting(says(1.0, 0.6), [Vote(4, HALF)], ORPHANS) is None
+
+
+@pytest.mark.parametrize("votes", [[], [None, None], [Vote(3, VOTE_UNITS)]])
+def test_without_votes_for_an_orphan_the_guess_stands(votes: list[Vote | None]) -> None:
+    assert outvoting(GUESS, votes, ORPHANS) is None
+
+
+def test_votes_for_classes_that_somebody_answers_count_for_nothing() -> None:
+    assert outvoting(GUESS, [Vote(4, VOTE_UNITS)], frozenset()) is None
+
+
+def test_of_equal_orphans_the_lowest_class_is_guessed() -> None:
+    votes = [Vote(5, HALF + 9000), Vote(4, HALF + 9000)]
+    orphan = outvoting(says(1.0, 0.1), votes, ORPHANS)
+    assert orphan is not None and orphan[0] == 4
+
+
+def voted(vote: Vote | None) -> Votes | None:
+    if vote is None:
+        return None
+    return Votes(np.array([vote.class_index]), np.array([vote.weight]))
+
+
+@given(
+    votes=st.lists(
+        st.none()
+        | st.builds(Vote, st.integers(0, 5), st.sampled_from([0, 1, 6554, HALF, VOTE_UNITS])),
+        max_size=6,
+    ),
+    orphans=st.frozensets(st.integers(0, 5)),
+    known=st.booleans(),
+    confidence=st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]) | st.floats(0, 1, width=32),
+    data=st.data(),
+)
+def test_device_counts_votes_as_the_exporter_does(
+    votes: list[Vote | None],
+    orphans: frozenset[int],
+    known: bool,
+    confidence: float,
+    data: st.DataObject,
+) -> None:
+    answer = Answer(HEADER, 9, known, 0.5 if known else 1.0, confidence, 0, 0)
+    columns = [voted(vote) for vote in votes]
+    classes, strengths = outvoted([known], [confidence], columns, orphans)
+    one = outvoting(answer, votes, orphans)
+    assert one == (None if classes[0] < 0 else (classes[0], strengths[0]))
+    assert outvoting(answer, data.draw(st.permutations(votes)), orphans) == one

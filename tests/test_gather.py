@@ -44,10 +44,10 @@ def test_request_is_complete_with_its_last_part() -> None:
     g = gather()
     g.open(7, 0.0, 1.0)
     for node in range(3):
-        assert closed(g.add(part(7, node), f"d{node}", 48)) == []
-    (collection,) = g.add(part(7, 3), "d3", 48)
+        assert closed(g.add(part(7, node), f"d{node}", 52)) == []
+    (collection,) = g.add(part(7, 3), "d3", 52)
     assert sorted(collection.parts) == [0, 1, 2, 3]
-    assert collection.bytes_received == 4 * 48
+    assert collection.bytes_received == 4 * 52
     assert len(g) == 0
 
 
@@ -224,7 +224,7 @@ def test_order_of_arrival_does_not_matter(order: list[int]) -> None:
     g.open(7, 0.0, 1.0)
     last: list[Collection] = []
     for node in order:
-        outcome = g.add(part(7, node), f"d{node}", 48)
+        outcome = g.add(part(7, node), f"d{node}", 52)
         assert not isinstance(outcome, Refusal)
         last += outcome
     (collection,) = last

@@ -16,10 +16,12 @@ from hypothesis.extra import numpy as hnp
 
 from agent.protocol.errors import WireError
 from agent.protocol.messages import (
+    ANSWER_BODY,
     CRC,
     HEADER,
     MAX_TENSOR_BYTES,
     NO_NODE,
+    NO_VOTE,
     PART_KINDS,
     REQUEST_BODY,
     VERSION,
@@ -42,6 +44,7 @@ from agent.protocol.messages import (
     encode,
     encode_text,
 )
+from agent.protocol.scores import Vote
 
 U32 = st.integers(0, 2**32 - 1)
 UNIT = st.floats(0, 1, width=32)
@@ -68,6 +71,7 @@ ANSWERS = st.builds(
     confidence=UNIT,
     queue_us=U32,
     inference_us=U32,
+    vote=st.none() | st.builds(Vote, st.integers(0, NO_VOTE - 1), st.integers(0, 0xFFFF)),
 )
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(
@@ -100,6 +104,7 @@ SAMPLES: dict[str, Message] = {
     "frame": Request(HEAD, 500, np.arange(12, dtype=np.uint8).reshape(2, 3, 2)),
     "known answer": Answer(HEAD, 7, True, 0.25, 0.75, 10, 2000),
     "don't know": Answer(HEAD, 7, False, 1.0, 0.125, 10, 2000),
+    "vote": Answer(HEAD, 7, False, 1.0, 0.125, 10, 2000, Vote(3, 0xC000)),
     "scores": TensorPart(MessageKind.SCORES, HEAD, np.linspace(-1, 1, 5, dtype="<f4"), 1, 2),
     "bits": TensorPart(MessageKind.FEATURES, HEAD, np.eye(3, dtype=bool), 1, 2),
     "int8": TensorPart(MessageKind.FEATURES, HEAD, np.arange(-4, 4, dtype=np.int8), 1, 2),
@@ -259,7 +264,7 @@ def test_unknown_kind_is_refused(kind: int) -> None:
     assert f"kind {kind}" in refusal(sealed(HEADER.pack(VERSION, kind, 0, 0, 1, 2, 3)))
 
 
-@pytest.mark.parametrize("at", [3, 6, 7, HEADER.size + 3])
+@pytest.mark.parametrize("at", [3, 6, 7, HEADER.size + 7])
 def test_padding_must_be_zero(at: int) -> None:
     content = bytearray(PAYLOADS["known answer"][: -CRC.size])
     content[at] = 1
@@ -424,6 +429,10 @@ def answer(**changes: Any) -> Answer:
         Escalation(HEAD, 256),
         Blank(HEAD, MessageKind.ESCALATION),
         answer(class_index=2**16),
+        answer(vote=Vote(NO_VOTE, 0)),
+        answer(vote=Vote(2**16, 0)),
+        answer(vote=Vote(3, 2**16)),
+        answer(vote=Vote(3, -1)),
         answer(known=False, entropy=0.5),
         answer(entropy=1.5),
         answer(entropy=float("nan")),
@@ -438,6 +447,20 @@ def answer(**changes: Any) -> Answer:
 def test_field_that_does_not_fit_is_a_value_error(message: Message) -> None:
     with pytest.raises(ValueError):
         encode(message)
+
+
+def test_answer_takes_24_bytes_with_or_without_a_vote() -> None:
+    assert ANSWER_BODY.size == 24
+    body = PAYLOADS["vote"][HEADER.size : -CRC.size]
+    assert body == struct.pack("<HHHBxffII", 7, 3, 0xC000, 0, 1.0, 0.125, 10, 2000)
+    assert len(PAYLOADS["don't know"]) == len(PAYLOADS["vote"]) == 52
+
+
+def test_vote_for_no_class_with_a_weight_is_refused() -> None:
+    content = bytearray(PAYLOADS["known answer"][: -CRC.size])
+    assert content[HEADER.size + 2 : HEADER.size + 6] == b"\xff\xff\0\0"
+    content[HEADER.size + 4] = 1
+    assert "vote for no class" in refusal(sealed(bytes(content)))
 
 
 @pytest.mark.parametrize("status", Status)

@@ -57,6 +57,7 @@ from agent.protocol.messages import (
     encode,
     encode_text,
 )
+from agent.protocol.scores import Vote
 from agent.protocol.topics import Topics
 from agent.target import Target
 from tests.support import eventually
@@ -105,7 +106,7 @@ def decision(
         entropies={"snn-a": 0.25},
         contributors=("snn-a",),
         missing=missing,
-        bytes_received=48,
+        bytes_received=52,
         latency=Latency(total_ms=12.5, queue_ms=1, inference_ms=9, wire_ms=2, fusion_ms=0.5),
     )
 
@@ -198,6 +199,19 @@ def test_answer_is_printed_with_names_of_node_and_class():
 
     assert "snn-a: 'dog' entropy 0.250" in text
     assert (fields["node"], fields["label"], fields["inference_ms"]) == ("snn-a", "dog", 3.4)
+
+
+def test_vote_is_printed_with_the_name_of_its_class():
+    voting = replace(answer(known=False), vote=Vote(2, 0x8000))
+    event = seen(TOPICS.device("pi-a", "res"), encode(voting))
+
+    assert "don't know, perhaps 'dog'" in as_text(event, NAMES)
+    assert "if not its own 'eel' 0.500" in as_text(event, NAMES)
+    assert as_json(event, NAMES)["vote"] == {
+        "class_index": 2, "label": "eel", "confidence": pytest.approx(0.5, abs=1e-4)
+    }  # fmt: skip
+    silent = seen(TOPICS.device("pi-a", "res"), encode(answer()))
+    assert as_json(silent, NAMES)["vote"] is None
 
 
 def test_answer_of_another_plan_is_printed_with_numbers():

@@ -24,6 +24,7 @@ from agent.protocol.messages import (
     TensorPart,
 )
 from agent.protocol.plan import FRAME, AnswerRule, Exit, Fusion, Node, Output, Piece
+from agent.protocol.scores import Vote
 
 LAST = 1.0
 
@@ -74,7 +75,7 @@ def test_least_unsure_answer_is_decided() -> None:
     assert decision.request == f"{7:016x}"
     assert decision.plan == fleet.manifest.plan_id
     assert decision.boot == f"{fleet.of['desk'].boot:08x}"
-    assert decision.bytes_received == 3 * 48
+    assert decision.bytes_received == 3 * 52
 
 
 def test_network_says_whom_to_believe() -> None:
@@ -137,6 +138,74 @@ def test_device_that_dies_while_it_is_awaited_is_missing_at_once() -> None:
     assert fleet.decisions[0].missing == ("n1",)
 
 
+def voting(fusion: Fusion = Fusion.MIN_ENTROPY) -> Manifest:
+    """As `answering`, but each piece tells all three classes apart."""
+    pieces = []
+    for i in range(3):
+        rule = AnswerRule(classes=(i,), logits=(0, 1, 2), dont_know_threshold=0.9)
+        piece = Piece(name=f"p{i}", inputs=(FRAME,), outputs=(Output.ANSWER,), answer=rule)
+        pieces.append((piece, entry(f"p{i}", (4,), (3,))))
+    nodes = [Node(name=f"n{i}", device=f"d{i}", tier=0, piece=f"p{i}") for i in range(3)]
+    top = Node(
+        name="top", device="desk", tier=1, listens_to=("n0", "n1", "n2"), fusion=fusion
+    )  # fmt: skip
+    return manifest(pieces, ([*nodes, top], [Exit(tier=1, threshold=LAST)]))
+
+
+IS_ONE = always(0.0, 5.0, 0.0)
+
+
+def test_votes_name_the_class_of_a_device_that_is_lost() -> None:
+    fleet = Engines(voting(), {"p0": IS_ONE, "p1": IS_ONE, "p2": IS_ONE})
+    fleet.tell_offline("d1")
+    fleet.ask(7)
+    (decision,) = fleet.decisions
+    assert (decision.label, decision.best_guess, decision.entropy) == (None, "class 1", 1.0)
+    assert (decision.contributors, decision.missing) == (("n0", "n2"), ("n1",))
+    assert decision.entropies == {"n0": 1.0, "n2": 1.0}
+
+
+def test_votes_do_not_count_while_somebody_answers_their_class() -> None:
+    fleet = Engines(voting(), {"p0": IS_ONE, "p1": always(5.0, 0.0, 0.0), "p2": IS_ONE})
+    fleet.ask(7)
+    assert (fleet.decisions[0].label, fleet.decisions[0].best_guess) == (None, "class 0")
+    fleet.tell_offline("d2")  # nobody votes for class 2
+    fleet.ask(8)
+    assert (fleet.decisions[1].label, fleet.decisions[1].best_guess) == (None, "class 0")
+    fleet.tell_offline("d1")
+    fleet.ask(9)
+    assert (fleet.decisions[2].label, fleet.decisions[2].best_guess) == (None, "class 1")
+
+
+def test_known_answer_stands_against_votes() -> None:
+    sure = always(3.0, 0.0, 0.0)
+    fleet = Engines(voting(), {"p0": sure, "p1": IS_ONE, "p2": IS_ONE})
+    fleet.tell_offline("d1")
+    fleet.ask(7)
+    assert fleet.decisions[0].label == "class 0"
+
+
+@pytest.mark.parametrize("vote", [None, Vote(0, 1), Vote(7, 1)])
+def test_vote_that_its_piece_cannot_give_is_refused(vote: Vote | None) -> None:
+    fleet = Engines(voting(), {})
+    desk = fleet.of["desk"]
+    desk.request(fleet.request(7))
+    header = Header(desk.plan, 7, fleet.of["d0"].boot, 0, 0)
+    assert desk.part("d0", Answer(header, 0, True, 0.0, 1.0, 0, 0, vote), 52) == []
+    assert desk.rejected == {Refusal.WRONG_VALUES: 1}
+    desk.part("d0", Answer(header, 0, True, 0.0, 1.0, 0, 0, Vote(2, 1)), 52)
+    assert desk.rejected == {Refusal.WRONG_VALUES: 1}
+
+
+def test_vote_of_a_piece_without_foreign_rows_is_refused() -> None:
+    fleet = Engines(answering(Fusion.MIN_ENTROPY), {})
+    desk = fleet.of["desk"]
+    desk.request(fleet.request(7))
+    header = Header(desk.plan, 7, fleet.of["d0"].boot, 0, 0)
+    assert desk.part("d0", Answer(header, 0, True, 0.0, 1.0, 0, 0, Vote(2, 1)), 52) == []
+    assert desk.rejected == {Refusal.WRONG_VALUES: 1}
+
+
 def test_nothing_at_all_by_the_deadline_is_still_a_decision() -> None:
     fleet = Engines(answering(Fusion.ENTROPY_MLP, network=True), {})
     fleet.silent = {"d0", "d1", "d2"}
@@ -157,7 +226,7 @@ def test_latency_is_split_along_the_slowest_contributor() -> None:
         fleet.now_s += 0.004
         header = Header(desk.plan, 7, fleet.of[f"d{i}"].boot, 0, i)
         told = Answer(header, i, True, 0.5, 0.5, queue_us, inference_us)
-        effects = desk.part(f"d{i}", told, 48)
+        effects = desk.part(f"d{i}", told, 52)
     fleet.settle([("desk", effects)])
     latency = fleet.decisions[0].latency
     assert latency.total_ms == pytest.approx(12)
@@ -174,11 +243,11 @@ def test_restart_of_a_device_does_not_reach_into_an_open_request() -> None:
     fleet.settle([("desk", desk.info(fleet.info("d1", boot=77)))])
     assert fleet.decisions[0].missing == ("n1",)
     late = Answer(Header(desk.plan, 7, 77, 0, 1), 1, True, 0.0, 1.0, 0, 0)
-    assert desk.part("d1", late, 48) == []
+    assert desk.part("d1", late, 52) == []
     assert desk.rejected == {Refusal.LATE: 1}
     fleet.ask(8)
     old = Answer(Header(desk.plan, 8, fleet.of["d1"].boot, 0, 1), 1, True, 0.0, 1.0, 0, 0)
-    assert desk.part("d1", old, 48) == []
+    assert desk.part("d1", old, 52) == []
     assert desk.rejected[Refusal.FOREIGN_BOOT] == 1
 
 
@@ -221,7 +290,7 @@ def test_answer_with_a_class_that_its_piece_does_not_have_is_refused() -> None:
     desk = fleet.of["desk"]
     desk.request(fleet.request(7))
     told = Answer(Header(desk.plan, 7, fleet.of["d0"].boot, 0, 0), 2, True, 0.0, 1.0, 0, 0)
-    assert desk.part("d0", told, 48) == []
+    assert desk.part("d0", told, 52) == []
     assert desk.rejected == {Refusal.WRONG_VALUES: 1}
 
 

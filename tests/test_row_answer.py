@@ -14,8 +14,10 @@ from agent.protocol.quantization import dequantize, row_dequantizer
 from agent.protocol.scores import (
     RowReader,
     answer,
+    foreign_classes,
     normalized_entropy,
     outcome_probabilities,
+    softmax,
 )
 
 RULES = [
@@ -44,6 +46,25 @@ def test_one_row_says_the_same_as_many(rule: AnswerRule, data: st.DataObject) ->
     assert one.known == many.known[0]
     assert one.entropy == pytest.approx(float(many.entropies[0]), abs=1e-6)
     assert one.confidence == pytest.approx(float(many.confidences[0]), abs=1e-6)
+    if not foreign_classes(rule):
+        assert one.vote is None and many.votes is None
+        return
+    assert one.vote is not None and many.votes is not None
+    assert one.vote.weight == pytest.approx(many.votes.weights[0], abs=1)  # 65535ths
+    rows = [rule.logits.index(c) for c in foreign_classes(rule)]
+    assume(np.diff(np.sort(softmax([logits])[0][rows])).min(initial=1) > 1e-6)
+    assert one.vote.class_index == many.votes.classes[0]
+
+
+def test_vote_names_the_likeliest_foreign_class_and_the_lowest_of_equals() -> None:
+    reader = RowReader(RULES[2])  # its rows are classes 0, 2, 5, 7, 9; 7 and 2 are its own
+    told = reader.read([0.0, 9.0, 1.0, 3.0, 1.0])
+    assert told.vote is not None
+    assert told.vote.class_index == 5
+    assert told.vote.weight == round(softmax([0.0, 9.0, 1.0, 3.0, 1.0])[2] * 65535)
+    turned = AnswerRule(classes=(7, 2), logits=(9, 7, 5, 2, 0), dont_know_threshold=0.8)
+    again = RowReader(turned).read([1.0, 3.0, 1.0, 9.0, 0.0])
+    assert again.vote is not None and again.vote.class_index == 5
 
 
 def test_certain_and_tied_rows() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -39,11 +40,6 @@ def fleet(seed, images=300, partition=PARTITION, boast=0.0):
         rule = AnswerRule(classes=own, logits=tuple(range(classes)), dont_know_threshold=1.0)
         answers.append(answer(logits, rule))
     return answers, labels
-
-
-def taken(answers, index):
-    fields = ("classes", "entropies", "confidences", "known")
-    return [Answers(*(getattr(x, field)[index] for field in fields)) for x in answers]
 
 
 @pytest.mark.parametrize("snns", [2, 3, 10, 20])
@@ -96,7 +92,7 @@ def test_training_uses_so_many_samples_per_class_and_no_more():
 
     of_all, of_some = (
         train(answers, labels, PARTITION, options),
-        train(taken(answers, keep), labels[keep], PARTITION, options),
+        train([x.take(keep) for x in answers], labels[keep], PARTITION, options),
     )
 
     assert of_all.samples_per_class == 20
@@ -150,27 +146,69 @@ def test_a_class_without_an_snn_is_refused():
 
 
 def test_a_lost_snn_costs_its_own_classes_only():
-    answers, labels = fleet(5, images=3000)
+    voting, labels = fleet(5, images=3000)
+    answers = [replace(x, votes=None) for x in voting]
     network = train(*fleet(6, images=600), PARTITION)
 
     for fusion, trust in ((Fusion.MIN_ENTROPY, None), (Fusion.ENTROPY_MLP, network.trust)):
         whole = fleet_accuracy(answers, labels, fusion, trust)
-        lost = lost_accuracies(answers, labels, fusion, trust)
+        lost = lost_accuracies(answers, labels, PARTITION, fusion, trust)
         assert len(lost) == 3
         for k, accuracy in enumerate(lost):
             assert accuracy == fleet_accuracy(answers, labels, fusion, trust, lost=k)
             others = ~np.isin(labels, PARTITION[k])
             of_others = fleet_accuracy(
-                [
-                    Answers(*(getattr(x, f)[others] for f in x.__dataclass_fields__))
-                    for x in answers
-                ],
+                [x.take(others) for x in answers],
                 labels[others],
                 fusion,
                 trust,
             )
             assert accuracy >= of_others * others.mean()  # nobody takes their images any more
             assert accuracy < whole
+
+
+def test_the_others_votes_name_the_classes_of_a_lost_snn():
+    voting, labels = fleet(5, images=3000)
+    voting = [with_threshold(x, 0.8) for x in voting]
+    silent = [replace(x, votes=None) for x in voting]
+    network = train(*fleet(6, images=600), PARTITION)
+
+    for fusion, trust in (
+        (Fusion.MIN_ENTROPY, None),
+        (Fusion.MAX_CONFIDENCE, None),
+        (Fusion.ENTROPY_MLP, network.trust),
+    ):
+        arguments = (labels, PARTITION, fusion, trust)
+        with_votes = lost_accuracies(voting, *arguments, count_guesses=True)
+        without = lost_accuracies(silent, *arguments, count_guesses=True)
+        whole = fleet_accuracy(voting, labels, fusion, trust, count_guesses=True)
+        assert max(without) < 0.75
+        assert min(with_votes) > 0.8  # of 3 SNNs 2 know, and all 2 see the third's classes
+        assert max(with_votes) <= whole
+        # A vote is a guess: what is known does not change, nor does anything with all present.
+        assert lost_accuracies(voting, *arguments) == lost_accuracies(silent, *arguments)
+        assert whole == fleet_accuracy(silent, labels, fusion, trust, count_guesses=True)
+
+
+def test_votes_of_some_snns_only_are_enough():
+    voting, labels = fleet(5, images=3000)
+    mixed = [replace(voting[0], votes=None), *voting[1:]]
+
+    lost = lost_accuracies(mixed, labels, PARTITION, Fusion.MIN_ENTROPY, count_guesses=True)
+
+    assert min(lost) > 0.75
+
+
+def test_taken_answers_keep_their_votes():
+    (one, *_), _ = fleet(5, images=30)
+    index = np.array([4, 2])
+
+    taken = one.take(index)
+
+    np.testing.assert_array_equal(taken.classes, one.classes[index])
+    np.testing.assert_array_equal(taken.votes.classes, one.votes.classes[index])
+    np.testing.assert_array_equal(taken.votes.weights, one.votes.weights[index])
+    assert replace(one, votes=None).take(index).votes is None
 
 
 def test_the_last_snn_lost_leaves_nobody_to_ask():
@@ -192,7 +230,7 @@ def test_simplest_fusion_is_chosen_when_all_do_equally_well():
     answers, labels = fleet(7)
     same = lowest_entropy_network(3)
 
-    choice = choose_fusion(answers, labels, *fleet(8), same)
+    choice = choose_fusion(answers, labels, *fleet(8), PARTITION, same)
 
     assert choice.fusion is Fusion.MIN_ENTROPY
     assert set(choice.accuracies) == {
@@ -207,7 +245,9 @@ def test_simplest_fusion_is_chosen_when_all_do_equally_well():
 def test_better_fusion_is_chosen_on_samples_it_was_not_fitted_on():
     network = train(*fleet(2, boast=3.0), PARTITION)
 
-    choice = choose_fusion(*fleet(9, boast=3.0), *fleet(10, images=1000, boast=3.0), network)
+    choice = choose_fusion(
+        *fleet(9, boast=3.0), *fleet(10, images=1000, boast=3.0), PARTITION, network
+    )
 
     assert choice.fusion is Fusion.ENTROPY_MLP
     answers, labels = fleet(10, images=1000, boast=3.0)
@@ -216,7 +256,7 @@ def test_better_fusion_is_chosen_on_samples_it_was_not_fitted_on():
         applied, labels, Fusion.ENTROPY_MLP, network.trust
     )
     assert choice.lost[choice.fusion] == lost_accuracies(
-        applied, labels, Fusion.ENTROPY_MLP, network.trust
+        applied, labels, PARTITION, Fusion.ENTROPY_MLP, network.trust
     )
 
 
@@ -231,7 +271,7 @@ def test_a_difference_by_chance_counts_as_a_tie():
     labels = np.where(np.arange(100) < 2, 1, 0)
 
     choices = [
-        choose_fusion(answers, labels, answers, labels, standard_errors=limit)
+        choose_fusion(answers, labels, answers, labels, [[0], [1]], standard_errors=limit)
         for limit in (2.0, 0.0)
     ]
 
@@ -242,7 +282,9 @@ def test_a_difference_by_chance_counts_as_a_tie():
 def test_grid_and_thresholds_per_snn_are_options():
     answers, labels = fleet(7)
 
-    choice = choose_fusion(answers, labels, *fleet(8), grid=PAPER_GRID, threshold_per_snn=True)
+    choice = choose_fusion(
+        answers, labels, *fleet(8), PARTITION, grid=PAPER_GRID, threshold_per_snn=True
+    )
 
     assert Fusion.ENTROPY_MLP not in choice.accuracies
     assert len(choice.thresholds) == 3

@@ -26,6 +26,7 @@ from agent.protocol.messages import (
     decode,
     decode_text,
 )
+from agent.protocol.scores import VOTE_UNITS
 from agent.protocol.topics import Topics
 
 
@@ -210,6 +211,7 @@ def _body(content: Message, names: Names, values: bool) -> dict[str, Any]:
             "known": content.known,
             "entropy": round(content.entropy, 6),
             "confidence": round(content.confidence, 6),
+            "vote": _vote(content, names),
             "queue_ms": content.queue_us / 1e3,
             "inference_ms": content.inference_us / 1e3,
         }
@@ -307,10 +309,22 @@ def _binary_text(content: Message, names: Names) -> str:
         return f"{node}: {shape}, {times}"
     label = names.label(content.header, content.class_index)
     known = "" if content.known else "don't know, perhaps "
+    vote = _vote(content, names)
+    else_text = f" if not its own {vote['label']!r} {vote['confidence']:.3f}," if vote else ""
     return (
         f"{node}: {known}{label!r} entropy {content.entropy:.3f} "
-        f"confidence {content.confidence:.3f}, {times}"
+        f"confidence {content.confidence:.3f},{else_text} {times}"
     )
+
+
+def _vote(answer: Answer, names: Names) -> dict[str, Any] | None:
+    if answer.vote is None:
+        return None
+    return {
+        "class_index": answer.vote.class_index,
+        "label": names.label(answer.header, answer.vote.class_index),
+        "confidence": round(answer.vote.weight / VOTE_UNITS, 6),
+    }
 
 
 def _shape(shape: tuple[int, ...], dtype: str) -> str:

@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 
 from .errors import WireError
 from .plan import Contract, Hex32
+from .scores import Vote
 
 VERSION = 1
 NO_NODE = 0xFFFF
@@ -32,9 +33,12 @@ HEADER = struct.Struct("<BBBxHxxIIQ")
 assert HEADER.size == 24
 CRC = struct.Struct("<I")
 assert CRC.size == 4
-ANSWER_BODY = struct.Struct("<HBxffII")
-"""class u16, known u8, pad, entropy f32, confidence f32, queue_us u32, inference_us u32."""
-assert ANSWER_BODY.size == 20
+NO_VOTE = 0xFFFF
+"""Foreign class on the wire of an answer without a vote; its weight is 0 then."""
+ANSWER_BODY = struct.Struct("<HHHBxffII")
+"""class u16, foreign u16, weight u16 (65535ths), known u8, pad, entropy f32, confidence f32,
+queue_us u32, inference_us u32."""
+assert ANSWER_BODY.size == 24
 REQUEST_BODY = struct.Struct("<IBxxx")
 """deadline_ms u32, content u8, pad 3; then what the content is: see `Content`."""
 assert REQUEST_BODY.size == 8
@@ -145,6 +149,9 @@ class Answer:
         confidence: Probability of the class.
         queue_us: Time between receiving the request and starting the piece, microseconds.
         inference_us: Time the piece ran, microseconds.
+        vote: For its likeliest foreign class, of use where that class's device is lost. None of a
+            piece that does not tell foreign classes apart, and of what others' answers were fused
+            to.
     """
 
     kind: ClassVar = MessageKind.ANSWER
@@ -155,6 +162,7 @@ class Answer:
     confidence: float
     queue_us: int
     inference_us: int
+    vote: Vote | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,8 +257,11 @@ def _encode_body(message: Message) -> bytes:
     if isinstance(message, Answer):
         if problem := _answer_problem(message.known, message.entropy, message.confidence):
             raise ValueError(problem)
+        if message.vote is not None and message.vote.class_index == NO_VOTE:
+            raise ValueError(f"class {NO_VOTE} stands for no vote")
         return ANSWER_BODY.pack(
             message.class_index,
+            *(message.vote or (NO_VOTE, 0)),
             message.known,
             message.entropy,
             message.confidence,
@@ -342,12 +353,18 @@ def _decode_request(header: Header, body: memoryview) -> Request:
 def _decode_answer(header: Header, body: memoryview) -> Answer:
     if len(body) != ANSWER_BODY.size:
         raise WireError(f"answer of {len(body)} bytes, expected {ANSWER_BODY.size}")
-    class_index, known, entropy, confidence, queue_us, inference_us = ANSWER_BODY.unpack(body)
-    if body[3] != 0:
+    class_index, foreign, weight, known, entropy, confidence, *timing = ANSWER_BODY.unpack(body)
+    if body[7] != 0:
         raise WireError("padding in the answer is not zero")
+    if foreign == NO_VOTE and weight:
+        raise WireError("weight of a vote for no class")
     if problem := _answer_problem(known, entropy, confidence):
         raise WireError(problem)
-    return Answer(header, class_index, bool(known), entropy, confidence, queue_us, inference_us)
+    vote = None if foreign == NO_VOTE else Vote(foreign, weight)
+    queue_us, inference_us = timing
+    return Answer(
+        header, class_index, bool(known), entropy, confidence, queue_us, inference_us, vote
+    )
 
 
 def _answer_problem(known: int, entropy: float, confidence: float) -> str | None:
@@ -436,7 +453,8 @@ class Decision(Contract):
 
     Attributes:
         label: The class, None where nobody knows.
-        best_guess: The likeliest class all the same; None if nobody answered at all.
+        best_guess: The likeliest class all the same; None if nobody answered at all. It may be a
+            class that only missing nodes answer: then it is what the others' votes are for.
         entropy: Normalized entropy behind the label (1 = don't know).
         tier: Tier of the exit that answered.
         entropies: Normalized entropy by node, of those that sent one.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -74,6 +75,35 @@ def normalized_entropy(probabilities: ArrayLike) -> NDArray[np.float32]:
     return eta
 
 
+VOTE_UNITS = 0xFFFF
+"""Weights of votes are whole 65535ths, as they travel: their sums are exact in every order."""
+
+
+class Vote(NamedTuple):
+    """What a piece thinks an input is if it is none of its own classes.
+
+    Attributes:
+        class_index: Its likeliest foreign class (global index); of equals the lowest.
+        weight: Probability of that class, in 65535ths.
+    """
+
+    class_index: int
+    weight: int
+
+
+@dataclass(frozen=True)
+class Votes:
+    """The votes of one piece on N inputs; fields as in `Vote`.
+
+    Attributes:
+        classes: (N,) int64.
+        weights: (N,) int64 in 0..65535.
+    """
+
+    classes: NDArray[np.int64]
+    weights: NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class Answers:
     """What one piece says about N inputs.
@@ -83,12 +113,25 @@ class Answers:
         entropies: (N,) float32 normalized entropy, 1.0 where it does not know.
         confidences: (N,) float32 probability of `classes`.
         known: (N,) bool, False = don't know.
+        votes: None of a piece without rows for foreign classes.
     """
 
     classes: NDArray[np.int64]
     entropies: NDArray[np.float32]
     confidences: NDArray[np.float32]
     known: NDArray[np.bool_]
+    votes: Votes | None = None
+
+    def take(self, index: NDArray[np.int64]) -> Answers:
+        """The answers to some of the inputs, by position."""
+        votes = self.votes
+        return Answers(
+            self.classes[index],
+            self.entropies[index],
+            self.confidences[index],
+            self.known[index],
+            None if votes is None else Votes(votes.classes[index], votes.weights[index]),
+        )
 
 
 def outcome_probabilities(logits: ArrayLike, rule: AnswerRule) -> NDArray[np.float32]:
@@ -109,18 +152,41 @@ def outcome_probabilities(logits: ArrayLike, rule: AnswerRule) -> NDArray[np.flo
     Raises:
         ScoreError: wrong width or non-finite entries.
     """
+    return _outcomes(_row_probabilities(logits, rule), rule)
+
+
+def _row_probabilities(logits: ArrayLike, rule: AnswerRule) -> NDArray[np.float32]:
     values = np.asarray(logits, np.float64)
     if values.ndim != 2 or values.shape[1] != len(rule.logits):
         raise ScoreError(f"expected logits (N, {len(rule.logits)}), got {values.shape}")
-    p = softmax(values).astype(np.float64)
+    return softmax(values)
+
+
+def _outcomes(probabilities: NDArray[np.float32], rule: AnswerRule) -> NDArray[np.float32]:
+    p = probabilities.astype(np.float64)
     own = [rule.logits.index(c) for c in rule.classes]
     foreign = [i for i in range(len(rule.logits)) if i not in own]
     columns = [p[:, own]] + ([p[:, foreign].sum(axis=1, keepdims=True)] if foreign else [])
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 
+def foreign_classes(rule: AnswerRule) -> tuple[int, ...]:
+    """Classes that a piece has a row for but does not answer, ascending: its vote names one."""
+    return tuple(sorted(c for c in rule.logits if c != "rest" and c not in rule.classes))
+
+
+def _votes(probabilities: NDArray[np.float32], rule: AnswerRule) -> Votes | None:
+    classes = foreign_classes(rule)
+    if not classes:
+        return None
+    rows = [rule.logits.index(c) for c in classes]
+    foreign = probabilities[:, rows].astype(np.float64)
+    weights = np.rint(foreign.max(axis=1) * VOTE_UNITS).astype(np.int64)
+    return Votes(np.array(classes, np.int64)[foreign.argmax(axis=1)], weights)
+
+
 def answer(logits: ArrayLike, rule: AnswerRule) -> Answers:
-    """A piece's answer: its likeliest own class, or don't know.
+    """A piece's answer: its likeliest own class, or don't know; and its vote.
 
     A piece does not know where the rest outweighs every own class, or where the normalized entropy
     exceeds the threshold; the entropy it then sends is 1 (Edge^nAI, section III).
@@ -132,7 +198,8 @@ def answer(logits: ArrayLike, rule: AnswerRule) -> Answers:
     Raises:
         ScoreError: wrong width or non-finite entries.
     """
-    q = outcome_probabilities(logits, rule)
+    p = _row_probabilities(logits, rule)
+    q = _outcomes(p, rule)
     own = q[:, : len(rule.classes)]
     entropies = normalized_entropy(q)
     best = own.argmax(axis=1)
@@ -144,6 +211,7 @@ def answer(logits: ArrayLike, rule: AnswerRule) -> Answers:
         entropies=np.where(known, entropies, np.float32(1)).astype(np.float32),
         confidences=confidences,
         known=known,
+        votes=_votes(p, rule),
     )
 
 
@@ -155,6 +223,7 @@ class RowAnswer:
     known: bool
     entropy: float
     confidence: float
+    vote: Vote | None
 
 
 class RowReader:
@@ -171,6 +240,7 @@ class RowReader:
         self._classes = rule.classes
         self._own = tuple(rule.logits.index(c) for c in rule.classes)
         self._foreign = tuple(i for i in range(len(rule.logits)) if i not in self._own)
+        self._voting = tuple((rule.logits.index(c), c) for c in foreign_classes(rule))
         self._rows = len(rule.logits)
         self._log_outcomes = math.log(len(self._own) + bool(self._foreign))
         self._threshold = _to_float32([rule.dont_know_threshold])[0]
@@ -204,7 +274,11 @@ class RowReader:
         spread = -sum(q * math.log(q) for q in outcomes if q > 0.0) / self._log_outcomes
         entropy = _to_float32([min(max(spread, 0.0), 1.0)])[0]
         known = rest <= confidence and entropy <= self._threshold
-        return RowAnswer(self._classes[best], known, entropy if known else 1.0, confidence)
+        vote = None
+        if self._voting:
+            row, foreign = max(self._voting, key=lambda voting: p[voting[0]])  # the first of equals
+            vote = Vote(foreign, round(p[row] * VOTE_UNITS))
+        return RowAnswer(self._classes[best], known, entropy if known else 1.0, confidence, vote)
 
 
 def _to_float32(values: list[float]) -> list[float]:
@@ -298,3 +372,43 @@ def most_trusted(
         raise ScoreError(f"expected arrays (N, n) of one shape with n >= 1, got {shapes}")
     columns: NDArray[np.int64] = np.lexsort((*order[::-1], unknown), axis=-1)[:, 0]
     return columns
+
+
+def outvoted(
+    known: ArrayLike,
+    confidences: ArrayLike,
+    votes: Sequence[Votes | None],
+    orphans: Iterable[int],
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Where the votes for a class that nobody present answers make a better guess.
+
+    A class is orphaned while every node that answers it is missing. Its strength is the mean
+    probability that votes give it, over the nodes that vote at all; a vote for another class counts
+    as 0. Where nobody knows, the strongest orphan is the best guess if it is stronger than the
+    believed answer's confidence. An answer that is known stands, and a guess stays a guess: votes
+    never make a decision known, since no threshold was calibrated for them.
+
+    Of equally strong orphans the lowest class wins; equal to the confidence is not enough. Weights
+    are whole numbers, so the order of the nodes does not matter.
+
+    Args:
+        known: (N,) bool, whether the believed answers are known.
+        confidences: (N,) of the believed answers.
+        votes: Of each node that is present, None of one that has none.
+        orphans: Global indices.
+
+    Returns:
+        (N,) int64 the strongest orphaned class where it wins, else -1; (N,) float64 its strength.
+    """
+    believed = np.asarray(confidences, np.float32).astype(np.float64)
+    voters = [x for x in votes if x is not None]
+    classes = np.array(sorted(orphans), np.int64)
+    if not voters or not len(classes):
+        return np.full(len(believed), -1), np.zeros(len(believed))
+    totals = sum(
+        np.where(x.classes[:, np.newaxis] == classes, x.weights[:, np.newaxis], 0) for x in voters
+    )
+    strengths = np.max(totals, axis=1) / (VOTE_UNITS * len(voters))
+    strongest = classes[np.argmax(totals, axis=1)]
+    wins = (strengths > believed) & ~np.asarray(known, bool)
+    return np.where(wins, strongest, -1), strengths

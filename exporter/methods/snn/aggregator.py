@@ -181,7 +181,7 @@ def train(
     used = [np.flatnonzero(labels == c)[: options.samples_per_class] for c in sorted(owner_of)]
     network = replace(network, samples_per_class=min(map(len, used)))
     index = np.sort(np.concatenate(used))
-    answers, labels = [_taken(x, index) for x in answers], labels[index]
+    answers, labels = [x.take(index) for x in answers], labels[index]
     owners = np.array([owner_of[c] for c in labels.tolist()])
     entropies = np.stack([x.entropies for x in answers], axis=1)
     knows = np.stack([x.known for x in answers], axis=1)
@@ -200,15 +200,6 @@ def train(
         if accuracy > reached:
             best, reached = network, accuracy
     return best
-
-
-def _taken(answers: Answers, index: NDArray[np.int64]) -> Answers:
-    return Answers(
-        answers.classes[index],
-        answers.entropies[index],
-        answers.confidences[index],
-        answers.known[index],
-    )
 
 
 def _trusted_accuracy(
@@ -250,6 +241,7 @@ def fleet_accuracy(
     trust: Trust | None = None,
     *,
     lost: int | None = None,
+    orphans: Sequence[int] = (),
     count_guesses: bool = False,
 ) -> float:
     """Share of images that the fleet answers right; "don't know" is not right.
@@ -260,28 +252,35 @@ def fleet_accuracy(
         fusion: How the aggregator joins them.
         trust: The network, for `entropy_mlp` only.
         lost: An SNN whose answers never arrive. None = all arrive.
+        orphans: Classes that only this one answers: the others' votes may name them.
         count_guesses: Count the best guess where nobody knows, as a base without "don't know" has
             to.
 
     Raises:
         DataError: no answers left, or to other numbers of images.
     """
-    right = _right(answers, labels, fusion, trust, lost, count_guesses)
+    right = _right(answers, labels, fusion, trust, lost, orphans, count_guesses)
     return float(right.mean())
 
 
 def lost_accuracies(
     answers: Sequence[Answers],
     labels: NDArray[np.int64],
+    partition: Sequence[Sequence[int]],
     fusion: Fusion,
     trust: Trust | None = None,
     *,
     count_guesses: bool = False,
 ) -> tuple[float, ...]:
-    """Fleet accuracy with the first, the second ... SNN lost; arguments as `fleet_accuracy`."""
+    """Fleet accuracy with the first, the second ... SNN lost, the others voting for its classes.
+
+    Arguments as `fleet_accuracy`; `partition` has the classes of each SNN.
+    """
     return tuple(
-        fleet_accuracy(answers, labels, fusion, trust, lost=k, count_guesses=count_guesses)
-        for k in range(len(answers))
+        fleet_accuracy(
+            answers, labels, fusion, trust, lost=k, orphans=orphans, count_guesses=count_guesses
+        )
+        for k, orphans in enumerate(partition)
     )
 
 
@@ -291,6 +290,7 @@ def _right(
     fusion: Fusion,
     trust: Trust | None,
     lost: int | None,
+    orphans: Sequence[int],
     count_guesses: bool,
 ) -> NDArray[np.bool_]:
     heard = [x for k, x in enumerate(answers) if k != lost]
@@ -299,7 +299,8 @@ def _right(
         raise DataError(f"expected answers to {len(labels)} labelled images, got {sizes}")
     if trust is not None and lost is not None:
         trust = _without(trust, lost)
-    classes, known = fused_classes(heard, fusion, trust if fusion is Fusion.ENTROPY_MLP else None)
+    network = trust if fusion is Fusion.ENTROPY_MLP else None
+    classes, known = fused_classes(heard, fusion, network, orphans)
     return np.asarray((classes == labels) & (known | count_guesses))
 
 
@@ -339,6 +340,7 @@ def choose_fusion(
     threshold_labels: NDArray[np.int64],
     selection_answers: Sequence[Answers],
     selection_labels: NDArray[np.int64],
+    partition: Sequence[Sequence[int]],
     aggregator: Aggregator | None = None,
     *,
     grid: Sequence[float] = WHOLE_GRID,
@@ -355,6 +357,7 @@ def choose_fusion(
         threshold_labels: True classes of that set.
         selection_answers: The same on the selection set.
         selection_labels: True classes of that set.
+        partition: The classes of each SNN.
         aggregator: The trained network; None = `entropy_mlp` is not compared.
         grid: Thresholds to try.
         threshold_per_snn: One for each SNN, beyond the paper; else one for all.
@@ -377,9 +380,9 @@ def choose_fusion(
             with_threshold(x, t) for x, t in zip(selection_answers, found.values, strict=True)
         ]
         calibrated[fusion] = found
-        right[fusion] = _right(applied, selection_labels, fusion, trust, None, False)
+        right[fusion] = _right(applied, selection_labels, fusion, trust, None, (), False)
         if len(applied) > 1:
-            lost[fusion] = lost_accuracies(applied, selection_labels, fusion, trust)
+            lost[fusion] = lost_accuracies(applied, selection_labels, partition, fusion, trust)
     chosen = _SIMPLEST_FIRST[0]
     for fusion in list(right)[1:]:
         gain = right[fusion].astype(float) - right[chosen].astype(float)

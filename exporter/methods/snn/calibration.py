@@ -34,7 +34,8 @@ class SettledAnswers:
         choice: Fusion and thresholds, chosen on the selection set.
         test: Accuracy on test data by fusion, best guesses counted.
         known: Share of test decisions that are not "don't know", with the chosen fusion.
-        lost: Accuracy on test data with each SNN lost, best guesses counted, chosen fusion.
+        lost: Accuracy on test data with each SNN lost, best guesses counted, chosen fusion, the
+            others voting for its classes.
     """
 
     network: Aggregator | None
@@ -57,7 +58,8 @@ class SettledAnswers:
         }
         if self.lost:
             figures["accuracy_fleet_one_lost"] = share(
-                min(self.lost), "test data, the device lost whose loss costs most"
+                min(self.lost),
+                "test data, best guess counted, the device lost whose loss costs most",
             )
         return figures
 
@@ -82,7 +84,12 @@ def settle_answers(
     if several and len(partition) <= AggregatorOptions().most_snns:
         network = train(said["aggregator"], labels["aggregator"], partition, seed=seed)
     choice = choose_fusion(
-        said["threshold"], labels["threshold"], said["selection"], labels["selection"], network
+        said["threshold"],
+        labels["threshold"],
+        said["selection"],
+        labels["selection"],
+        partition,
+        network,
     )
     trust = network.trust if network is not None else None
     applied = {
@@ -92,7 +99,7 @@ def settle_answers(
     truth, final = labels["test"], applied[choice.fusion]
     lost: tuple[float, ...] = ()
     if several:
-        lost = lost_accuracies(final, truth, choice.fusion, trust, count_guesses=True)
+        lost = lost_accuracies(final, truth, partition, choice.fusion, trust, count_guesses=True)
     return SettledAnswers(
         network=network,
         choice=choice,

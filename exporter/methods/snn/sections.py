@@ -87,7 +87,8 @@ def settled_sections(
         },
         {
             "title": "Any one device lost",
-            "text": "Accuracy of the fleet on test data, best guess counted.",
+            "text": "Accuracy of the fleet on test data, best guess counted; where nobody knows, "
+            "the others vote for the lost device's classes.",
             "head": ["lost", "its classes", "accuracy"],
             "rows": lost,
         },

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from agent.protocol.errors import DataError
 from agent.protocol.plan import Fusion
-from agent.protocol.scores import Answers, exits, most_trusted
+from agent.protocol.scores import Answers, exits, most_trusted, outvoted
 
 Trust = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.float32]]
 """The network of `entropy_mlp`: (entropies (N, n), known (N, n)) -> trust (N, n)."""
@@ -63,7 +63,10 @@ def with_threshold(answers: Answers, threshold: float) -> Answers:
 
 
 def fused_classes(
-    answers: Sequence[Answers], fusion: Fusion, trust: Trust | None = None
+    answers: Sequence[Answers],
+    fusion: Fusion,
+    trust: Trust | None = None,
+    orphans: Sequence[int] = (),
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """What the fleet answers.
 
@@ -71,6 +74,7 @@ def fused_classes(
         answers: One per SNN that is present, thresholds applied.
         fusion: How the aggregator joins them.
         trust: The network, for `entropy_mlp` only.
+        orphans: Classes of SNNs that are lost; the others' votes may name them.
 
     Returns:
         (N,) int64 class (the best guess where nobody knows), (N,) bool whether anybody knows.
@@ -88,7 +92,12 @@ def fused_classes(
     network = trust(entropies, known) if trust is not None else None
     column = most_trusted(fusion, entropies, confidences, known, network)
     classes = np.stack([x.classes for x in answers], axis=1)
-    return classes[np.arange(len(classes)), column], np.asarray(known.any(axis=1))
+    rows = np.arange(len(classes))
+    orphan, _ = outvoted(
+        known[rows, column], confidences[rows, column], [x.votes for x in answers], orphans
+    )
+    fused = np.where(orphan >= 0, orphan, classes[rows, column])
+    return fused, np.asarray(known.any(axis=1))
 
 
 def common_threshold(
