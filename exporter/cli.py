@@ -131,6 +131,7 @@ def plan(model: Path, data: str, fleet: Path, method: str, as_json: bool, **chos
                 "parameters": cost.parameters,
                 "macs": cost.macs,
                 "weight_bytes": cost.weight_bytes,
+                "file_bytes": cost.file_bytes,
                 "peak_activation_bytes": cost.peak_activation_bytes,
                 "message_bytes": piece.message_bytes,
                 "origin": "estimated",
@@ -140,7 +141,7 @@ def plan(model: Path, data: str, fleet: Path, method: str, as_json: bool, **chos
         click.echo(json.dumps({"method": method, "pieces": rows}))
         return
     _print_table(
-        ("device", "kind", "piece", "classes", "parameters", "MACs", "weights", "tensors"),
+        ("device", "kind", "piece", "classes", "parameters", "MACs", "file", "tensors"),
         [
             (
                 str(r["device"]),
@@ -149,7 +150,7 @@ def plan(model: Path, data: str, fleet: Path, method: str, as_json: bool, **chos
                 str(r["about"]),
                 f"{r['parameters']:,}",
                 f"{r['macs']:,}",
-                format_bytes(int(str(r["weight_bytes"]))),
+                format_bytes(int(str(r["file_bytes"]))),
                 format_bytes(int(str(r["peak_activation_bytes"]))),
             )
             for r in rows
@@ -328,7 +329,7 @@ def _progress() -> Iterator[Progress]:
         yield draw
 
 
-_NUMBERS = {"parameters", "MACs", "weights", "tensors", "file", "arena", "used", "of", "share"}
+_NUMBERS = {"parameters", "MACs", "tensors", "file", "arena", "used", "of", "share"}
 """Columns that are aligned to the right."""
 
 
@@ -338,17 +339,7 @@ def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], title: 
 
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for name in head:
-        numeric = name in (
-            "parameters",
-            "MACs",
-            "weights",
-            "tensors",
-            "file",
-            "arena",
-            "used",
-            "of",
-            "share",
-        )
+        numeric = name in _NUMBERS
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)

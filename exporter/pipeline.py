@@ -393,7 +393,11 @@ def _quantize_one(
     if device.runtime is Runtime.TFLITE_MICRO:
         arena = arena_bytes(tflite)
         cost = replace(
-            cost, weight_bytes=len(tflite), peak_activation_bytes=arena, basis=Basis.MEASURED
+            cost,
+            weight_bytes=len(tflite),
+            container_bytes=0,
+            peak_activation_bytes=arena,
+            basis=Basis.MEASURED,
         )
     return ExportedPiece(
         name=piece.name,

@@ -1,4 +1,5 @@
 import keras
+import numpy as np
 import pytest
 from keras import layers
 from small_networks import IMAGE, conv, projection_resnet, small_lenet, small_vgg
@@ -20,6 +21,8 @@ from exporter.cost import (
     together,
 )
 from exporter.graph import layer_graph
+from exporter.quantize import convert
+from exporter.zoo.resnet import cifar_resnet
 
 FLEET = """
 shoal: 1
@@ -49,6 +52,34 @@ def test_weight_bytes_count_biases_as_four_and_int8_weights_as_one():
     assert piece_cost(graph, Numbers.INT8).weight_bytes == kernels + 4 * biases
     assert piece_cost(graph, Numbers.FLOAT32).weight_bytes == 4 * (kernels + biases)
     assert piece_cost(graph, Numbers.INT8).parameters == kernels + biases
+
+
+@pytest.mark.parametrize("numbers", list(Numbers))
+@pytest.mark.parametrize(
+    "build", [small_lenet, small_vgg, projection_resnet, lambda: cifar_resnet(14)]
+)
+def test_file_is_estimated_within_5_percent(build, numbers):
+    model = build()
+    rng = np.random.default_rng(0)
+    for variable in model.weights:
+        low = 0.5 if "variance" in variable.path else -0.2
+        variable.assign(rng.uniform(low, 1.0, variable.shape).astype("f4"))
+    inputs = rng.random((8, *model.input_shape[1:]), np.float32)
+    dtype = "int8" if numbers is Numbers.INT8 else "float32"
+    tflite = convert(model, inputs, dtype=dtype, metadata={"piece": "snn-a", "device": "a"})
+
+    cost = piece_cost(layer_graph(model), numbers)
+
+    assert cost.file_bytes == pytest.approx(len(tflite), rel=0.05)
+    assert cost.file_bytes == cost.weight_bytes + cost.container_bytes
+
+
+def test_file_that_the_flash_has_no_room_for_is_found(fleet):
+    file = PieceCost("snn-1", 1, 0, 380_000, 1, container_bytes=20_001, code_bytes=100_000)
+    finding = flash_fits(file, fleet.device("mcu-1"))
+    assert finding.over_bytes == 1
+    # A smaller piece has fewer weights in the same container.
+    assert finding.keep_ratio == pytest.approx(379_999 / 380_000)
 
 
 def test_a_piece_is_estimated_unless_said_otherwise():
@@ -90,7 +121,7 @@ def test_activations_that_are_not_fused_take_a_tensor():
 
 def test_rules_say_their_docstring():
     assert [rule.__doc__ for rule in BUDGET_RULES] == [
-        "Weights and code of a piece must fit the microcontroller's flash.",
+        "The model file and code of a piece must fit the microcontroller's flash.",
         "Live tensors and the stack of a piece must fit the microcontroller's RAM.",
         "Weights and live tensors of a piece must fit the device's memory.",
     ]
@@ -120,7 +151,7 @@ def test_finding_names_device_need_have_over_and_nearest_fix(fleet):
     )
     assert str(finding) == (
         "mcu-1: snn-1 needs 612_352 B of flash (estimated), budget 500_000 B (over by 112_352 B). "
-        "Weights and code of a piece must fit the microcontroller's flash. "
+        "The model file and code of a piece must fit the microcontroller's flash. "
         "Try to keep at most 0.78 of it, or give it to pi-1 (890_000 B free)."
     )
 

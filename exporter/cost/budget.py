@@ -65,11 +65,12 @@ BudgetRule = Callable[[PieceCost, Device], Finding | None]
 
 
 def flash_fits(piece: PieceCost, device: Device) -> Finding | None:
-    """Weights and code of a piece must fit the microcontroller's flash."""
+    """The model file and code of a piece must fit the microcontroller's flash."""
     if device.flash_bytes is None:
         return None
-    need = piece.weight_bytes + piece.code_bytes
-    return _finding(flash_fits, piece, device, need, device.flash_bytes, piece.code_bytes, "flash")
+    need = piece.file_bytes + piece.code_bytes
+    fixed = piece.container_bytes + piece.code_bytes
+    return _finding(flash_fits, piece, device, need, device.flash_bytes, fixed, "flash")
 
 
 def ram_fits(piece: PieceCost, device: Device) -> Finding | None:
@@ -129,14 +130,33 @@ def check_budgets(
     )
 
 
-def refuse(findings: Sequence[Finding]) -> None:
+def check_smallest(smallest: Mapping[str, PieceCost], fleet: Fleet) -> tuple[Finding, ...]:
+    """Find devices that cannot run even the smallest piece that can be made for them.
+
+    Args:
+        smallest: Device id -> that piece's cost, or a bound from below.
+        fleet: The devices and their budgets.
+    """
+    return tuple(
+        replace(
+            finding,
+            fix="No pruning makes it smaller: give the device at least "
+            f"{finding.need_bytes:_} B of {finding.what}, or leave it out.",
+        )
+        for device_id, cost in smallest.items()
+        for rule in BUDGET_RULES
+        if (finding := rule(cost, fleet.device(device_id))) is not None
+    )
+
+
+def refuse(findings: Sequence[Finding], hint: str | None = None) -> None:
     """Stop a plan that does not fit.
 
     Raises:
         PlanDoesNotFit: there is a finding; the message lists all.
     """
     if findings:
-        raise PlanDoesNotFit("\n".join(map(str, findings)))
+        raise PlanDoesNotFit("\n".join(map(str, findings)), hint)
 
 
 def _nearest_fix(
@@ -169,7 +189,7 @@ def _fits(piece: PieceCost, device: Device) -> bool:
 def _free_bytes(device: Device, pieces: Sequence[PieceCost]) -> int:
     """What a device has left where weights go: flash, or memory on Linux."""
     if device.flash_bytes is not None:
-        used = together(pieces).weight_bytes + together(pieces).code_bytes if pieces else 0
+        used = together(pieces).file_bytes + together(pieces).code_bytes if pieces else 0
         return device.flash_bytes - used
     used = sum(piece.weight_bytes + piece.peak_activation_bytes for piece in pieces)
     return device.memory_bytes - used

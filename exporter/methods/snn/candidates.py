@@ -15,7 +15,7 @@ from agent.protocol.errors import DataError
 from agent.protocol.fleet import Device, Fleet
 from agent.protocol.plan import AnswerRule
 from agent.protocol.scores import Answers, answer
-from exporter.cost.piece import INTERPRETER_CODE_BYTES
+from exporter.cost.piece import INTERPRETER_CODE_BYTES, Numbers, container_bytes
 from exporter.methods.face import Progress
 
 from .estimate import EntropyEstimator, Outcomes, own_class_probabilities
@@ -116,7 +116,7 @@ class SubsetSearch:
         return [self.done[subset] for subset in subsets]
 
     def rough(self) -> SubsetSearch:
-        """The same with rougher pruning, enough for estimates; itself where that is all there is."""
+        """The same with rougher pruning, enough for estimates; itself where all is rough."""
         if self.options.quick:
             return self
         work = replace(self.work, options=self.work.options.rough())
@@ -203,11 +203,14 @@ def _counts(
     equal = equal_counts(classes, len(workers))
     one = float(np.mean([found["numbers"][0] for found in alone]))
     whole = search.work.profile.cost.inference_parameters
+    graph = search.work.profile.channels.graph
 
     def size_bytes(count: int) -> int:
-        return round(one + (whole - one) * (count - 1) / max(classes - 1, 1))
+        parameters = one + (whole - one) * (count - 1) / max(classes - 1, 1)
+        channels = (parameters / whole) ** 0.5  # a kernel grows with those before and after it
+        return round(parameters) + container_bytes(graph, Numbers.INT8, channel_share=channels)
 
-    budgets = [_weight_budget(device) for device in workers]
+    budgets = [_file_budget(device) for device in workers]
     if all(size_bytes(k) <= budget for k, budget in zip(equal, budgets, strict=True)):
         return equal
     return counts_for_budgets(
@@ -215,8 +218,8 @@ def _counts(
     )
 
 
-def _weight_budget(device: Device) -> int:
-    """Bytes that a device has for weights alone."""
+def _file_budget(device: Device) -> int:
+    """Bytes that a device has for the model file alone."""
     if device.flash_bytes is None:
         return device.memory_bytes
     return max(int(device.flash_bytes) - INTERPRETER_CODE_BYTES, 0)
