@@ -6,7 +6,7 @@ that it carries; layers pass, repeat, join or concatenate ids, and what joins is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -173,6 +173,25 @@ class ChannelMap:
         if problems:
             raise DataError("\n".join(problems), "keep at least one unit of every layer")
         return stays
+
+    def fewest_units(self, groups: Iterable[str]) -> dict[str, NDArray[np.bool_]]:
+        """The smallest masks of some groups that leave every layer a channel.
+
+        Where layers share a group only in part (channels padded with zeros), the unit that most of
+        them have is taken first, until all have one.
+        """
+        keep = {}
+        for group in map(self.group, groups):
+            ids = self.offsets[group.name] + np.arange(group.size)
+            has = np.array([np.isin(ids, self.units[layer.name]) for layer in self.graph.layers])
+            has = has[has.any(axis=1)]
+            mask = np.zeros(group.size, np.bool_)
+            while len(has):
+                unit = int(has.sum(axis=0).argmax())
+                mask[unit] = True
+                has = has[~has[:, unit]]
+            keep[group.name] = mask
+        return keep
 
     @cached_property
     def _flat(self) -> _Flat:

@@ -217,7 +217,7 @@ def test_failed_export_leaves_the_earlier_bundle_as_it_was(tmp_path, drift):
 
 
 def test_device_with_a_small_budget_gets_fewer_classes(tmp_path):
-    fleet = fleet_file(tmp_path, "mcu-east, kind: mcu", "mcu-east, kind: mcu, flash: 114 kB")
+    fleet = fleet_file(tmp_path, "mcu-east, kind: mcu", "mcu-east, kind: mcu, flash: 118 kB")
 
     said = shoal("plan", *with_fleet(fleet), "--json")
 
@@ -229,15 +229,15 @@ def test_device_with_a_small_budget_gets_fewer_classes(tmp_path):
 
 def test_pieces_that_do_not_fit_are_all_named_with_need_and_nearest_fix(tmp_path):
     path = tmp_path / "fleet.yaml"
-    text = SMALL_FLEET.replace("id: pi-door, kind: pi-4", "id: pi-door, kind: mcu, memory: 8500 B")
-    path.write_text(text.replace("mcu-east, kind: mcu", "mcu-east, kind: mcu, memory: 8500 B"))
+    text = SMALL_FLEET.replace("id: pi-door, kind: pi-4", "id: pi-door, kind: mcu, memory: 10700 B")
+    path.write_text(text.replace("mcu-east, kind: mcu", "mcu-east, kind: mcu, memory: 10700 B"))
 
     said = shoal("export", *with_fleet(str(path)), "-o", tmp_path / "bundle")
 
     assert said.exit_code == 3
     for device in ("pi-door", "mcu-east"):
         (line,) = (x for x in said.stderr.splitlines() if f"{device}: snn-{device} needs" in x)
-        assert "B of RAM (estimated), budget 8_500 B (over by" in line
+        assert "B of RAM (measured), budget 10_700 B (over by" in line
         assert "Try to keep at most 0." in line
         assert "give it to " in line
     assert not (tmp_path / "bundle").exists()

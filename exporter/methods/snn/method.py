@@ -29,6 +29,7 @@ from .profile import BaseProfile, make_profile
 from .prune import build
 from .retrain import retrained
 from .sections import class_labels, search_section, settled_sections
+from .smallest import refuse_hopeless
 
 if TYPE_CHECKING:
     import keras
@@ -63,9 +64,11 @@ class SNN:
         """Prune one network for each device of tier 0.
 
         Raises:
-            PlanDoesNotFit: more devices than classes, or a fleet that cannot hold all classes.
+            PlanDoesNotFit: more devices than classes, a device that cannot hold the smallest
+                network, or a fleet that cannot hold all classes.
             ShoalError: data or a model that cannot be pruned by classes.
         """
+        refuse_hopeless(base, fleet)
         parts = held_out_parts(data, options)
         search = subset_search(base, data, parts, options, progress)
         labels = parts["threshold"].labels

@@ -151,7 +151,7 @@ def make_profile(
         problems.append(f"groups {unknown} cannot be pruned; those that can: {sorted(prunable)}")
     if problems:
         raise DataError("\n".join(problems), "give held-out inputs of every class of the model")
-    names = tuple(groups) if groups is not None else _tail(masked.channels)
+    names = tuple(groups) if groups is not None else tail_groups(masked.channels)
     start = masked.cut_before(names, activations=True)
     features = masked.evaluate(np.asarray(x, np.float32), {}, stop=start)
     return BaseProfile(
@@ -166,8 +166,8 @@ def make_profile(
     )
 
 
-def _tail(channels: ChannelMap) -> tuple[str, ...]:
-    """Groups from the last backwards, until the layers they touch hold most parameters."""
+def tail_groups(channels: ChannelMap) -> tuple[str, ...]:
+    """Groups that pruning may touch: from the last backwards until they hold most parameters."""
     graph = channels.graph
     touched: set[str] = set()
     tail: list[str] = []
