@@ -51,6 +51,7 @@ from agent.protocol.messages import Message as BinaryMessage
 from agent.protocol.plan import FRAME
 from agent.protocol.topics import Topics
 from agent.runtime import LoadedPiece, load_piece
+from agent.sensor import ReadSensor, open_sensor
 
 CONNECT_TIMEOUT_S = 10.0
 STATS_PERIOD_S = 10.0
@@ -69,9 +70,6 @@ LEAVES = {
 }
 _PI_KINDS = frozenset({Kind.PI_ZERO_2, Kind.PI_3, Kind.PI_4, Kind.PI_5})
 _ARM_MACHINES = ("arm", "aarch64")
-
-ReadSensor = Callable[[int | None], NDArray[np.generic] | None]
-"""Reads one frame; of a recording, the sample that is named. None: nothing to see."""
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +139,9 @@ class RunningDevice:
         device = fleet.device(device_id)
         boot = secrets.randbits(32)
         self._stop = stop
+        looks = any(FRAME in piece.inputs for piece in manifest.pieces_of(device.id))
+        if read_sensor is None and device.sensor is not None and looks:
+            read_sensor = open_sensor(device.sensor, manifest.frame, Path(bundle))
         self._read_sensor = read_sensor
         self._sensor_lock = threading.Lock()
         self._sensed: tuple[int, NDArray[np.generic] | None] | None = None

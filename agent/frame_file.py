@@ -36,7 +36,18 @@ def read_frame(path: Path, spec: FrameSpec, index: int | None = None) -> NDArray
         raise DataError(f"{path}: no such file", "name a .npy, .npz or image file")
     if path.suffix.lower() not in (".npy", ".npz"):
         return _read_image(path, spec)
-    values = _read_array(path)
+    values = as_frames(read_array(path), spec, path)
+    if not 0 <= (index or 0) < len(values):
+        raise DataError(f"{path}: has no frame {index}", f"--index 0 to {len(values) - 1}")
+    return as_frame(values[index or 0], spec, path)
+
+
+def as_frames(values: NDArray[Any], spec: FrameSpec, path: Path) -> NDArray[Any]:
+    """An array from a file as frames (N, ...) of the bundle's shape, whatever their type.
+
+    Raises:
+        DataError: it holds none.
+    """
     shape = spec.shape
     without_channel = shape[:-1] if len(shape) > 1 and shape[-1] == 1 else None
     if without_channel in (values.shape, values.shape[1:]) and values.shape != shape:
@@ -48,12 +59,15 @@ def read_frame(path: Path, spec: FrameSpec, index: int | None = None) -> NDArray
             f"{path}: array {values.shape}, but this bundle takes frames {shape}",
             f"give an array {shape}, or several as (N, {', '.join(map(str, shape))})",
         )
-    if not 0 <= (index or 0) < len(values):
-        raise DataError(f"{path}: has no frame {index}", f"--index 0 to {len(values) - 1}")
-    return _as_dtype(values[index or 0], spec, path)
+    return values
 
 
-def _read_array(path: Path) -> NDArray[Any]:
+def read_array(path: Path) -> NDArray[Any]:
+    """The frames of a .npy or .npz file, of any shape and type.
+
+    Raises:
+        DataError: unreadable, or it does not say which of its arrays are frames.
+    """
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
@@ -64,7 +78,8 @@ def _read_array(path: Path) -> NDArray[Any]:
 
 def _member(path: Path, archive: Mapping[str, Any]) -> NDArray[Any]:
     names = list(archive)
-    usual = [name for name in ("x", "x_test", "frames", "frame") if name in names]
+    wanted = ("x", "x_test", "frames", "frame")
+    usual = [name for known in wanted for name in names if name.lower() == known]
     chosen = names if len(names) == 1 else usual
     if not chosen:
         raise DataError(
@@ -75,7 +90,12 @@ def _member(path: Path, archive: Mapping[str, Any]) -> NDArray[Any]:
     return array
 
 
-def _as_dtype(frame: NDArray[Any], spec: FrameSpec, path: Path) -> NDArray[np.generic]:
+def as_frame(frame: NDArray[Any], spec: FrameSpec, path: Path) -> NDArray[np.generic]:
+    """One frame of the bundle's shape in its type, if its values allow that.
+
+    Raises:
+        DataError: no numbers, not finite, or for uint8 not whole or outside 0 to 255.
+    """
     if frame.dtype.kind not in "buif":
         raise DataError(f"{path}: {frame.dtype} values are no numbers")
     if not np.isfinite(frame).all():

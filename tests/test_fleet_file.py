@@ -176,7 +176,7 @@ f.yaml:24:11: device 'pi-window', tier: 'egde' is not one of device, edge, cloud
 f.yaml:25:5: device 4: the key 'id' is missing: Name of the device, unique in the fleet: \
 lower-case letters, digits, dashes
 f.yaml:26:5: device 4: unknown key 'falsh' (did you mean 'flash'?); known: id, kind, tier, \
-runtime, memory, flash, link
+runtime, memory, flash, link, sensor
 f.yaml:27:5: key 'memory' has no value: give one or remove the line
 f.yaml:30:11: device 'desk', tier: must be less than or equal to 255, got '300'
 f.yaml:31:18: device 'desk', link.rate: expected a number with a unit \
@@ -229,6 +229,22 @@ def test_mistakes_end_a_command_as_input_errors() -> None:
          "f.yaml:3:9: broker: must hold keys with values, one a line, got 'localhost'"),
         (small("fleet: lab", "fleet: lab\nbroker: {port: 70000}"),
          "f.yaml:3:16: broker.port: must be less than 65536, got '70000'"),
+        (small("kind: pi-4\n", "kind: pi-4\n    sensor: {folder: in, camera: 0}\n"),
+         "f.yaml:7:13: device 'pi-door', sensor: a sensor names one of array, folder, camera"),
+        (small("kind: pi-4\n", "kind: pi-4\n    sensor: {}\n"),
+         "f.yaml:7:13: device 'pi-door', sensor: a sensor names one of array, folder, camera"),
+        (small("kind: pi-4\n", "kind: pi-4\n    sensor: {camera: 0, view: 1}\n"),
+         "f.yaml:7:13: device 'pi-door', sensor: view chooses from an array: it needs array"),
+        (small("kind: pi-4\n", "kind: pi-4\n    sensor: {array: x.npz, view: -1}\n"),
+         "f.yaml:7:34: device 'pi-door', sensor.view: must be greater than or equal to 0"),
+        (small("kind: pi-4\n", "kind: pi-4\n    sensor: {arrray: x.npz}\n"),
+         "f.yaml:7:14: device 'pi-door', sensor: unknown key 'arrray' (did you mean 'array'?)"),
+        (small("kind: pi-4\n", "kind: pi-4\n    sensor: {array: x.npz, veiw: 1}\n"),
+         "f.yaml:7:28: device 'pi-door', sensor: unknown key 'veiw' (did you mean 'view'?)"),
+        (small("kind: pi-4\n", "kind: pi-4\n    sensor: camera 0\n"),
+         "f.yaml:7:13: device 'pi-door', sensor: must hold keys with values, one a line, got"),
+        (small("kind: pi-4\n", "kind: pi-4\n    sensor: {camera: front}\n"),
+         "f.yaml:7:22: device 'pi-door', sensor.camera: must be a whole number"),
         (small("fleet: lab", "fleet: lab\nlink: [fast]"),
          "f.yaml:3:7: link: must hold keys with values, one a line, got a list"),
         (SMALL + "  - pi-shelf\n",
@@ -354,11 +370,30 @@ def test_unknown_device_is_reported_with_those_that_exist() -> None:
     assert caught.value.hint == "its devices: pi-door, desk"
 
 
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{array: in/frames.npz}", "array in/frames.npz"),
+        ("{array: frames.npy, view: 3}", "array frames.npy, view 3"),
+        ("{folder: pictures}", "folder pictures"),
+        ("{camera: 0}", "camera 0"),
+    ],
+)
+def test_sensor_is_an_array_a_folder_or_a_camera(written: str, said: str) -> None:
+    fleet = parse_fleet(small("kind: pi-4\n", f"kind: pi-4\n    sensor: {written}\n"))
+    door, desk = fleet.devices
+    assert door.sensor is not None
+    assert door.sensor.text() == said
+    assert desk.sensor is None
+
+
 def test_models_hold_the_cross_rules_by_themselves() -> None:
     device = {"id": "a", "kind": "pi-4"}
     for changes, rule in (
         ({"flash": "1 kB"}, "flash is for devices"),
         ({"runtime": "tflite-micro"}, "needs a flash budget"),
+        ({"sensor": {"view": 1}}, "names one of array, folder, camera"),
+        ({"sensor": {"folder": "in", "view": 1}}, "view chooses from an array"),
     ):
         with pytest.raises(ValidationError, match=rule):
             Device.model_validate({**device, **changes})

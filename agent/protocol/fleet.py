@@ -162,6 +162,70 @@ class BrokerSettings(Contract):
         return self
 
 
+SENSORS = ("array", "folder", "camera")
+"""What frames come from: a sensor names one of them."""
+_ONE_SENSOR = f"a sensor names one of {', '.join(SENSORS)}"
+_VIEW_NEEDS_ARRAY = "view chooses from an array: it needs array beside it"
+
+
+def _one_of_them(schema: dict[str, Any]) -> None:
+    schema["oneOf"] = [{"required": [name]} for name in SENSORS]
+    schema["dependentRequired"] = {"view": ["array"]}
+
+
+class Sensor(Contract):
+    """Where a device's own frames come from, when a request is a trigger without a frame.
+
+    A relative path is looked for in the folder of the fleet file (in a bundle: the bundle's), then
+    where the agent was started. A frame of zeros is a blank: the device then has nothing to say.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_one_of_them)
+
+    array: Path | None = Field(
+        default=None,
+        description="A .npz or .npy file of frames (N, ...), taken in turn or by the trigger's "
+        "sample number. A relative path counts from the folder of this fleet file (in a bundle: "
+        "the bundle's), else from where the agent is started.",
+    )
+    view: int | None = Field(
+        default=None,
+        ge=0,
+        strict=True,
+        description="Which view of an array (N, views, ...) this device sees, from 0.",
+    )
+    folder: Path | None = Field(
+        default=None,
+        description="A folder of images or .npy files, taken in the order of their names, in turn "
+        "or by the trigger's sample number. A relative path counts as for array.",
+    )
+    camera: int | None = Field(
+        default=None, ge=0, strict=True, description="Number of a camera, read through OpenCV."
+    )
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> Self:
+        if problem := _sensor_problem(self.model_dump()):
+            raise ValueError(problem)
+        return self
+
+    def text(self) -> str:
+        """The sensor in a few words."""
+        if self.camera is not None:
+            return f"camera {self.camera}"
+        if self.folder is not None:
+            return f"folder {self.folder}"
+        return f"array {self.array}" + ("" if self.view is None else f", view {self.view}")
+
+
+def _sensor_problem(values: Mapping[str, Any]) -> str | None:
+    if sum(values.get(name) is not None for name in SENSORS) != 1:
+        return _ONE_SENSOR
+    if values.get("view") is not None and values.get("array") is None:
+        return _VIEW_NEEDS_ARRAY
+    return None
+
+
 def _as_written(schema: dict[str, Any]) -> None:
     """In a file, what `kind` gives may be left out."""
     schema["required"] = ["id", "kind"]
@@ -200,6 +264,12 @@ class Device(Contract):
     )
     link: Link | None = Field(
         default=None, description="This device's own link, where it differs from the fleet's."
+    )
+
+    sensor: Sensor | None = Field(
+        default=None,
+        description="Where this device's own frames come from; without one it is blind to triggers "
+        "and takes frames from requests only.",
     )
 
     @model_validator(mode="before")
@@ -472,7 +542,9 @@ def _plain(node: yaml.Node) -> Any:
 def _across(problem: Any) -> bool:
     """Whether a problem is one that a model found across its fields."""
     location = problem["loc"]
-    of_model = location in ((), ("broker",)) or (location[0] == "devices" and len(location) == 2)
+    of_model = location in ((), ("broker",)) or (
+        location[0] == "devices" and (len(location) == 2 or location[2:] == ("sensor",))
+    )
     return problem["type"] == "value_error" and of_model
 
 
@@ -497,6 +569,14 @@ def _cross_findings(root: yaml.Node, data: Any) -> Iterator[_Finding]:
         if not isinstance(device, dict):
             continue
         yield from _flash_findings(root, i, device)
+        sensor = _place(root, "devices", i, "sensor")
+        given = device.get("sensor")
+        # A misspelt key is a finding of its own.
+        problem = None
+        if isinstance(given, dict) and set(given) <= set(_keys(Sensor)):
+            problem = _sensor_problem(given)
+        if sensor is not None and problem is not None:
+            yield _at(sensor, f"{_label(root, ('devices', i, 'sensor'))}: {problem}")
         found, name = _place(root, "devices", i, "id"), device.get("id")
         if found is None or not isinstance(name, str):
             continue
@@ -642,6 +722,7 @@ _SECTIONS: Mapping[str, type[Contract]] = {
     "devices": Device,
     "broker": BrokerSettings,
     "link": Link,
+    "sensor": Sensor,
 }
 
 
