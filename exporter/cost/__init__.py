@@ -11,6 +11,7 @@ from .budget import (
     refuse,
 )
 from .piece import Basis, Numbers, PieceCost, peak_activation_elements, piece_cost, together
+from .traffic import TierTraffic, bytes_per_sample, fleet_bytes_per_sample
 
 __all__ = [
     "BUDGET_RULES",
@@ -19,8 +20,11 @@ __all__ = [
     "Finding",
     "Numbers",
     "PieceCost",
+    "TierTraffic",
+    "bytes_per_sample",
     "check_budgets",
     "flash_fits",
+    "fleet_bytes_per_sample",
     "memory_fits",
     "peak_activation_elements",
     "piece_cost",

@@ -1,0 +1,1 @@
+"""DDNN: binarized device blocks, exits, tiers and sensor fusion."""
