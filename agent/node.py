@@ -12,8 +12,9 @@ Who has nothing to say, because its sensor saw nothing or because nobody it list
 sends a `Blank` in the part's place: nobody waits for it, and fusions go on without it.
 
 When an exit is silent. A node of a later exit escalates in place of the exits below it once all
-their devices are gone, or once those that are there have let their share of the deadline pass. It
-hears of decisions, so that it does not go on with what a lower tier has answered.
+their devices are gone, or once those that are there have let their share of the deadline pass. An
+exit that is unsure decides all the same once the devices of all later exits are gone. Both hear of
+decisions, so that they do not go on with what has been answered.
 
 How the deadline is shared. It is counted from the arrival of the request, on each device. Where
 nodes wait for nodes that wait, each stage has an equal share of it: the n-th of m waits until n/m.
@@ -144,16 +145,31 @@ class _Form:
         return self.dtype != np.float32 or bool(np.isfinite(values).all())
 
 
+@dataclass(frozen=True, eq=False)
+class _Unsure:
+    """An exit's result that was not sure enough; fields as of `Engine._decision`."""
+
+    collection: Collection
+    fused_s: float
+    verdict: _Verdict | None
+    timing: tuple[int, int]
+
+
 @dataclass(eq=False)
 class _Kept:
     """What a node has of one request beyond an exit.
 
-    `taken`: a later tier has gone on with the request in place of this node's exit.
+    Attributes:
+        until_s: The request's deadline.
+        taken: A later tier has gone on with the request in place of this node's exit.
+        unsure: What the exit would have decided, while a later one is at it.
     """
 
+    until_s: float
     parts: dict[MessageKind, Part] = field(default_factory=dict)
     wanted: set[MessageKind] = field(default_factory=set)
     taken: bool = False
+    unsure: _Unsure | None = None
 
 
 @dataclass(eq=False)
@@ -254,7 +270,11 @@ class Engine:
         self.nodes = tuple(dict.fromkeys(local.node.name for local in self._all()))
         self.heard = {name: frozenset(kinds) for name, kinds in heard.items() if name != device}
         self.escalations = bool(asking)
-        self.decisions = any(local.step_in_share < math.inf for local in self._all())
+        self.decisions = any(
+            local.exit_threshold is not None
+            and len(manifest.plan.strategies[local.strategy].exits) > 1
+            for local in self._all()
+        )
         self.decides = any(local.exit_threshold is not None for local in self._all())
         shares = [
             min(x.deadline_share, x.step_in_share) for x in self._all() if x.gather is not None
@@ -311,7 +331,7 @@ class Engine:
         effects: list[Effect] = []
         for local in self._local[header.strategy]:
             if local.on_demand or (local.exit_threshold is not None and not local.is_last):
-                local.kept[header.request] = _Kept()
+                local.kept[header.request] = _Kept(now_s + time_s)
                 if len(local.kept) > KEPT_REQUESTS:
                     local.kept.popitem(last=False)
             if local.gather is not None:
@@ -382,6 +402,8 @@ class Engine:
             for local in self._all():
                 if local.gather is not None:
                     local.gather.drop(request)
+                if (kept := local.kept.get(request)) is not None:
+                    kept.unsure = None
         return []
 
     def ran(
@@ -517,6 +539,28 @@ class Engine:
                 effects += self._conclude_all(local, local.gather.device_left(device))
                 for collection in local.gather.dormant():
                     effects += self._take_over(local, collection.request, now_s)
+            effects += self._decide_unsure(local, now_s)
+        return effects
+
+    def _is_highest(self, local: _LocalNode, now_s: float) -> bool:
+        """Whether the devices of all later exits are gone."""
+        strategy = self.manifest.plan.strategies[local.strategy]
+        later = {x.tier for x in strategy.exits if x.tier > local.node.tier}
+        devices = [node.device for node in strategy.nodes if node.tier in later]
+        return not any(self._roster.expected(device, now_s) for device in devices)
+
+    def _decide_unsure(self, local: _LocalNode, now_s: float) -> list[Effect]:
+        """Decide what later exits were to decide, if they are gone now."""
+        waiting = [kept for kept in local.kept.values() if kept.unsure is not None]
+        if not waiting or not self._is_highest(local, now_s):
+            return []
+        effects: list[Effect] = []
+        for kept in waiting:
+            u, kept.unsure = kept.unsure, None
+            if u is not None and now_s <= kept.until_s:
+                effects.append(
+                    Decide(self._decision(local, u.collection, u.fused_s, u.verdict, u.timing))
+                )
         return effects
 
     def _take_over(self, local: _LocalNode, request: int, now_s: float) -> list[Effect]:
@@ -708,7 +752,7 @@ class Engine:
         threshold = None if kept is not None and kept.taken else local.exit_threshold
         if threshold is not None:
             sure = verdict is not None and np.float32(verdict.entropy) <= np.float32(threshold)
-            if sure or local.is_last:
+            if sure or local.is_last or self._is_highest(local, self._clock()):
                 return [Decide(self._decision(local, collection, fused_s, verdict, timing))]
         for kind, part in parts.items():
             if kind in local.at_once:
@@ -721,6 +765,8 @@ class Engine:
                 elif kind not in local.at_once:
                     kept.parts[kind] = part
         if threshold is not None:
+            if kept is not None:
+                kept.unsure = _Unsure(collection, fused_s, verdict, timing)
             tier = local.node.tier
             effects.append(Send(Escalation(self._header(local, collection.request), tier)))
             effects += self._escalated(local.strategy, tier, collection.request, by=local)

@@ -891,12 +891,37 @@ def test_fleet_decides_once_without_any_of_its_devices(gone: str, when: str) -> 
     if when == "during":
         fleet.tell_offline(gone)
     fleet.later(5.0)
-    if gone == "sky":  # nobody is left who could decide
-        assert fleet.decisions == []
+    (decision,) = fleet.decisions
+    if gone == "sky":  # the highest exit that is left decides, unsure as it is
+        assert (decision.tier, decision.label) == (3, "class 2")
+        assert decision.entropy > 0.5
     else:
-        (decision,) = fleet.decisions
         assert (decision.tier, decision.label) == (4, "class 1")
         assert decision.missing == (("edge0",) if gone == "e0" else ())
+
+
+def test_exit_that_has_heard_the_decision_does_not_add_its_own() -> None:
+    fleet = Engines(tiered(), {**VAGUE, "rest": always(0, 9, 0)})
+    fleet.ask(7)
+    fleet.tell_offline("sky")
+    assert [decision.tier for decision in fleet.decisions] == [2]
+
+
+def test_request_whose_time_is_over_is_not_decided_late() -> None:
+    fleet = Engines(tiered(), VAGUE)
+    fleet.silent = {"sky"}
+    fleet.ask(7)
+    fleet.now_s += 1.001
+    fleet.tell_offline("sky")
+    assert fleet.decisions == []
+
+
+def test_lowest_exit_decides_when_all_others_are_gone() -> None:
+    fleet = Engines(grouped(), GROUPS)
+    fleet.tell_offline("post")
+    fleet.tell_offline("sky")
+    fleet.ask(7)
+    assert [(d.tier, d.label) for d in fleet.decisions] == [(1, "class 2")]
 
 
 def test_cloud_goes_on_when_all_exits_below_are_gone() -> None:
@@ -963,9 +988,10 @@ def test_exit_that_dies_after_its_answer_is_not_answered_again() -> None:
     assert [decision.tier for decision in fleet.decisions] == [1]
 
 
-def test_only_tiers_that_may_step_in_hear_of_decisions() -> None:
+def test_only_exits_of_several_hear_of_decisions() -> None:
     fleet = Engines(grouped(), {})
-    assert {name for name, engine in fleet.of.items() if engine.decisions} == {"post", "sky"}
+    assert {n for n, engine in fleet.of.items() if engine.decisions} == {"hub", "post", "sky"}
+    assert not any(e.decisions for e in Engines(answering(Fusion.MIN_ENTROPY), {}).of.values())
 
 
 def test_device_may_exit_alone_and_its_cloud_takes_its_features() -> None:
