@@ -5,6 +5,7 @@ Mappings are keyed by position in the node's `listens_to`; who is absent has no 
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,11 +85,11 @@ def outvoting(
     totals: Counter[int] = Counter()
     for vote in cast:
         if vote.class_index in orphans:
-            totals[vote.class_index] += vote.weight
+            totals[vote.class_index] += vote.weight**2
     if not totals:
         return None
     strongest = min(totals, key=lambda c: (-totals[c], c))
-    strength = totals[strongest] / (VOTE_UNITS * len(cast))
+    strength = math.sqrt(totals[strongest] / (VOTE_UNITS**2 * len(cast)))
     return (strongest, strength) if strength > array("f", [answer.confidence])[0] else None
 
 
