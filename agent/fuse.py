@@ -20,10 +20,14 @@ from agent.protocol.scores import VOTE_UNITS, Vote, entropy_features
 
 
 def mlp_input(answers: Mapping[int, Answer], nodes: int) -> NDArray[np.float32]:
-    """What the network of `entropy_mlp` reads: (nodes,) float32, 0 for who is absent."""
+    """What the network of `entropy_mlp` reads: (nodes,) float32, 0 for who is absent.
+
+    Also 0 for who does not know, as the network was trained.
+    """
     entropies = np.ones(nodes, np.float32)
     for position, answer in answers.items():
-        entropies[position] = answer.entropy
+        if answer.known:
+            entropies[position] = answer.entropy
     return entropy_features(entropies)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -61,9 +63,10 @@ def test_network_is_needed_for_entropy_mlp() -> None:
 
 
 def test_network_reads_absent_nodes_as_not_knowing() -> None:
-    features = mlp_input({0: says(0.001), 2: says(1.0)}, 4)
+    unsure = replace(says(0.01), known=False)
+    features = mlp_input({0: says(0.001), 2: says(1.0), 3: unsure}, 5)
     assert features.dtype == np.float32
-    np.testing.assert_allclose(features, [0.5, 0, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(features, [0.5, 0, 0, 0, 0], atol=1e-6)
 
 
 @given(
