@@ -4,7 +4,7 @@ Ten agents, an aggregator, a private mosquitto, requests at a fixed rate whateve
 with them. Every frame's answer of every piece is known beforehand, so a decision that joined parts
 of two requests would show: its entropies are not those of its frame.
 
-python -m benchmarks.fleet_soak [--minutes 20] [--rate 50] [--json] [--keep]
+python -m benchmarks.fleet_soak [--minutes 20] [--rate 50] [--fusion auto] [--json] [--keep]
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from typing import Any
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 from agent.ask import Asker, Pending
 from agent.protocol.errors import DeviceUnreachable
 from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest, read_manifest
 from agent.protocol.messages import Decision
-from agent.protocol.plan import AnswerRule, Fusion
-from agent.protocol.scores import Answers, answer, most_trusted, outvoted
-from agent.runtime import load_piece
+from agent.protocol.plan import ANSWER_FUSIONS, AnswerRule, Fusion
+from agent.protocol.scores import Answers, answer, entropy_features, most_trusted, outvoted
+from agent.runtime import LoadedPiece, load_piece
 from agent.up import FleetProcesses
 from benchmarks.record import Row, circumstances, report
 from benchmarks.ten_devices import frames, ten_device_bundle
@@ -47,11 +48,11 @@ class Expected:
     """What every piece says about every frame, computed here and now without any fleet.
 
     Attributes:
-        frames: (N, ...) frames, no two of one class in a row where that is possible.
+        frames: (N, ...) frames, those of the pool shuffled.
         entropies: (N, nodes) float32.
     """
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, pool: NDArray[np.generic]) -> None:
         manifest = read_manifest(bundle)
         strategy = manifest.plan.strategies[0]
         self.classes = manifest.plan.classes
@@ -59,9 +60,12 @@ class Expected:
         self.owned = [self._rule(manifest, name).classes for name in self.nodes]
         assert strategy.aggregator.fusion is not None
         self.fusion = strategy.aggregator.fusion
+        self._network: LoadedPiece | None = None
         if self.fusion is Fusion.ENTROPY_MLP:
-            raise NotImplementedError("the expected decisions of entropy_mlp are not computed here")
-        pool = frames()
+            device = load_fleet(bundle / "fleet.yaml").device(strategy.aggregator.device)
+            assert strategy.aggregator.piece is not None
+            entry = manifest.entry(strategy.aggregator.piece)
+            self._network = load_piece(bundle, entry, None, device.runtime)
         self.frames = pool[np.random.default_rng(0).permutation(len(pool))]
         told = [self._answers(bundle, manifest, name) for name in self.nodes]
         self.class_index = np.stack([x.classes for x in told], axis=1)
@@ -101,6 +105,7 @@ class Expected:
             eta[np.newaxis],
             self.confidences[frame, columns][np.newaxis],
             self.known[frame, columns][np.newaxis],
+            self._trust(frame, columns),
         )
         winner = columns[int(best[0])]
         missing = set(range(len(self.nodes))) - set(columns)
@@ -116,6 +121,16 @@ class Expected:
         guess = self.classes[index]
         label = guess if self.known[frame, winner] else None
         return decision.best_guess == guess and decision.label == label
+
+    def _trust(self, frame: int, columns: list[int]) -> NDArray[np.float32] | None:
+        """What the network of `entropy_mlp` says of those who contributed, (1, nodes)."""
+        if self._network is None:
+            return None
+        entropies = np.ones(len(self.nodes), np.float32)
+        heard = [k for k in columns if self.known[frame, k]]
+        entropies[heard] = self.entropies[frame, heard]
+        trust = self._network.run(entropy_features(entropies)).reshape(-1)
+        return np.asarray(trust[columns], np.float32)[np.newaxis]
 
     def telling(self) -> float:
         """Share of the parts that would show if they came from the frame asked before."""
@@ -217,10 +232,10 @@ class Memory(threading.Thread):
         return result
 
 
-def measure(minutes: float, rate: float) -> dict[str, Any]:
+def measure(minutes: float, rate: float, fusion: str = "auto") -> dict[str, Any]:
     """Ask for some minutes, then count."""
-    bundle = ten_device_bundle()
-    expected = Expected(bundle)
+    bundle = ten_device_bundle(fusion)
+    expected = Expected(bundle, frames())
     requests = int(minutes * 60 * rate)
     refused = 0
     with ExitStack() as stack:
@@ -253,6 +268,7 @@ def measure(minutes: float, rate: float) -> dict[str, Any]:
     return {
         "minutes": minutes,
         "rate_hz": rate,
+        "fusion": expected.fusion.value,
         "reached_hz": round(requests / took_s, 2),
         "requests": requests,
         "refused": refused,
@@ -304,10 +320,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--rate", type=float, default=50.0, help="requests a second")
+    fusions = ["auto", *sorted(fusion.value for fusion in ANSWER_FUSIONS)]
+    parser.add_argument("--fusion", default="auto", choices=fusions)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/")
     chosen = parser.parse_args()
-    result = measure(chosen.minutes, chosen.rate)
+    result = measure(chosen.minutes, chosen.rate, chosen.fusion)
     return report(NAME, result, rows(result), as_json=chosen.json, keep=chosen.keep)
 
 

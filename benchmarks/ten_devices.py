@@ -1,6 +1,6 @@
 """The fleet that the runtime benchmarks run: ten devices, one digit each, and an aggregator.
 
-Trained and exported as a user would, once; kept in .cache/benchmarks/ten_devices.
+Trained and exported as a user would, once; kept in .cache/benchmarks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from agent.protocol.manifest import read_manifest
 from benchmarks.record import ROOT
 from exporter.data import load_data
 
-HOME = ROOT / ".cache" / "benchmarks" / "ten_devices"
+CACHE = ROOT / ".cache" / "benchmarks"
 DEVICES = 10
 AGGREGATOR = "desk"
 
@@ -28,20 +28,25 @@ def device_ids() -> list[str]:
     return [f"eye-{i}" for i in range(DEVICES)]
 
 
-def ten_device_bundle() -> Path:
-    """The bundle's folder; the first call takes about a minute."""
-    bundle = HOME / "bundle"
+def ten_device_bundle(fusion: str = "auto") -> Path:
+    """The bundle's folder; the first call takes about a minute.
+
+    Args:
+        fusion: As `shoal export --fusion` takes it.
+    """
+    home = CACHE / ("ten_devices" if fusion == "auto" else f"ten_devices_{fusion}")
+    bundle = home / "bundle"
     if not _usable(bundle):
-        shutil.rmtree(HOME, ignore_errors=True)
-        HOME.mkdir(parents=True)
-        (HOME / "fleet.yaml").write_text(_fleet_text())
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        (home / "fleet.yaml").write_text(_fleet_text())
         print("building the fleet of ten devices, once ...", file=sys.stderr)
         # In processes of their own: TensorFlow must not be in this one.
         for command in (
-            [sys.executable, "-m", "benchmarks.ten_devices", "digits.keras"],
-            [sys.executable, "-m", "agent", "export", str(HOME / "digits.keras"), "--data",
-             "digits", "--fleet", str(HOME / "fleet.yaml"), "--cache", str(HOME / "cache"),
-             "-o", str(bundle)],
+            [sys.executable, "-m", "benchmarks.ten_devices", str(home / "digits.keras")],
+            [sys.executable, "-m", "agent", "export", str(home / "digits.keras"), "--data",
+             "digits", "--fleet", str(home / "fleet.yaml"), "--cache", str(home / "cache"),
+             "--fusion", fusion, "-o", str(bundle)],
         ):  # fmt: skip
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return bundle
@@ -80,4 +85,4 @@ def _train(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _train(HOME / sys.argv[1])
+    _train(Path(sys.argv[1]))

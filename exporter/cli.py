@@ -78,6 +78,13 @@ def _inputs(command: F) -> F:
             help="Entropy over a piece's own classes and the rest, or (as the paper) own alone.",
         ),
         click.option(
+            "--fusion",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "min_entropy", "max_confidence", "entropy_mlp"]),
+            help="How the aggregator joins answers: the best on held-out data, or this.",
+        ),
+        click.option(
             "--candidates",
             default=5,
             show_default=True,
@@ -353,6 +360,7 @@ def ddnn(
 
 
 def _options(chosen: dict[str, Any]) -> Any:
+    from agent.protocol.plan import Fusion
     from exporter.methods.snn.compensate import CompensateOptions
     from exporter.methods.snn.distill import DistillOptions
     from exporter.methods.snn.options import QUICK_SEARCH, SnnOptions
@@ -368,6 +376,7 @@ def _options(chosen: dict[str, Any]) -> Any:
         compensate=CompensateOptions(seed=chosen["seed"]) if chosen["compensate"] else None,
         distill=DistillOptions(epochs=epochs, seed=chosen["seed"]) if epochs else None,
         outcomes=chosen["outcomes"],
+        fusion=None if chosen["fusion"] == "auto" else Fusion(chosen["fusion"]),
         partition=replace(
             QUICK_SEARCH,
             evaluated_at_least=1,

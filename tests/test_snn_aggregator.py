@@ -10,9 +10,10 @@ import pytest
 
 from agent.protocol.errors import DataError
 from agent.protocol.plan import AnswerRule, Fusion
-from agent.protocol.scores import Answers, answer, entropy_features
+from agent.protocol.scores import Answers, answer, entropy_features, most_trusted
 from exporter.methods.snn.aggregator import (
     AggregatorOptions,
+    calibration_inputs,
     check_disjoint,
     choose_fusion,
     disjoint_parts,
@@ -354,6 +355,95 @@ def test_keras_model_computes_what_the_network_computes():
     assert [layer.name for layer in model.layers] == ["certainties", "hidden", "trust"]
     trust = np.asarray(model(entropy_features(eta)))
     np.testing.assert_allclose(trust, network.trust(eta, np.ones_like(eta, bool)), atol=1e-5)
+
+
+def contested_fleet(seed, partition, images):
+    """Answers over own classes alone: every SNN claims every image, the first one too often."""
+    rng = np.random.default_rng(seed)
+    classes = sum(map(len, partition))
+    labels = rng.integers(0, classes, images)
+    answers = []
+    for k, own in enumerate(partition):
+        logits = rng.normal(0, 1.2, (images, classes)).astype(np.float32)
+        logits[np.arange(images), labels] += 6
+        logits = logits[:, list(own)]
+        logits[:, 0] += 3 * (k == 0)
+        rule = AnswerRule(classes=own, logits=own, dont_know_threshold=1.0)
+        answers.append(answer(logits, rule))
+    return answers, labels
+
+
+def columns(answers):
+    """(N, n) entropies, confidences and whether known."""
+    return (
+        np.stack([x.entropies for x in answers], axis=1),
+        np.stack([x.confidences for x in answers], axis=1),
+        np.stack([x.known for x in answers], axis=1),
+    )
+
+
+@pytest.mark.parametrize("snns", [3, 10, 20])
+@pytest.mark.parametrize("samples", [120, 1_000])
+def test_int8_network_believes_the_same_snn_for_99_of_100_contested_images(snns, samples):
+    from exporter.quantize import CALIBRATION_SAMPLES, REFERENCE, convert, infer, tensors
+
+    partition = [(2 * k, 2 * k + 1) for k in range(snns)]
+    answers, labels = contested_fleet(2, partition, samples)
+    network = train(answers, labels, partition)
+    fresh = [with_threshold(x, 0.7) for x in contested_fleet(3, partition, 3_000)[0]]
+    calibration = calibration_inputs(answers, CALIBRATION_SAMPLES)
+    tflite = convert(to_keras(network), calibration, dtype="int8", metadata={})
+    output = tensors(tflite).outputs[0]
+    eta, certain, known = columns(fresh)
+    lost = np.arange(len(eta)) % (snns + 1) == np.arange(snns)[:, np.newaxis]  # each in turn
+    known &= ~lost.T
+
+    inputs = entropy_features(np.where(known, eta, np.float32(1)))
+    int8 = output.dequantize(infer(tflite, inputs, REFERENCE)[output.name])
+    exact = network.trust(eta, known)
+
+    believed = [
+        most_trusted(Fusion.ENTROPY_MLP, eta, certain, known, trust) for trust in (exact, int8)
+    ]
+    assert np.mean(np.sort(np.where(known, eta, 1), axis=1)[:, 1] < 1) > 0.5  # two claim them
+    assert np.mean(believed[0] == believed[1]) >= 0.99
+
+
+@pytest.mark.parametrize("samples", [30, 5_000])
+def test_ranges_of_the_int8_network_are_those_that_occur(samples):
+    answers, _ = fleet(4, images=samples)
+    eta, _, known = columns(answers)
+    features = entropy_features(np.where(known, eta, np.float32(1)))
+
+    chosen = calibration_inputs(answers, 256)
+
+    assert len(chosen) == min(256, samples + 7)
+    assert chosen.dtype == np.float32
+    np.testing.assert_array_equal(chosen.max(axis=0), features.max(axis=0))
+    assert (chosen == 0).all(axis=1).any()  # all lost, or nobody knows
+    for k in range(3):
+        best = features[features[:, k].argmax()].copy()
+        best[k] = 0
+        assert (chosen == best).all(axis=1).any()
+
+
+@pytest.mark.parametrize("wanted", [Fusion.MAX_CONFIDENCE, Fusion.ENTROPY_MLP])
+def test_fusion_that_is_asked_for_is_chosen(wanted):
+    (a, la), (b, lb), (c, lc) = fleet(1), fleet(2), fleet(3)
+    network = train(a, la, PARTITION)
+
+    choice = choose_fusion(b, lb, c, lc, PARTITION, network, wanted=wanted)
+
+    assert choice.fusion is wanted
+    assert choice.thresholds == choice.calibrated[wanted].values
+    assert choose_fusion(b, lb, c, lc, PARTITION, network).fusion is Fusion.MIN_ENTROPY
+
+
+def test_network_that_is_asked_for_and_cannot_be_is_refused():
+    (b, lb), (c, lc) = fleet(2), fleet(3)
+
+    with pytest.raises(DataError, match="entropy_mlp needs a network"):
+        choose_fusion(b, lb, c, lc, PARTITION, None, wanted=Fusion.ENTROPY_MLP)
 
 
 def test_int8_model_believes_whom_the_network_believes():

@@ -69,6 +69,7 @@ def settle_answers(
     labels: Mapping[str, NDArray[np.int64]],
     partition: Partition,
     seed: int,
+    wanted: Fusion | None = None,
 ) -> SettledAnswers:
     """Calibrate thresholds, train the aggregator and choose the fusion, each on its own samples.
 
@@ -78,6 +79,7 @@ def settle_answers(
         labels: By set: (N,) true classes.
         partition: Classes of each SNN.
         seed: Of the aggregator's training.
+        wanted: The fusion to choose; None = the best.
     """
     several = len(partition) > 1
     network = None
@@ -90,6 +92,7 @@ def settle_answers(
         labels["selection"],
         partition,
         network,
+        wanted=wanted,
     )
     trust = network.trust if network is not None else None
     applied = {

@@ -17,11 +17,18 @@ from agent.protocol.fleet import Device, Fleet
 from agent.protocol.manifest import Figure
 from agent.protocol.messages import ANSWER_BODY, CRC, HEADER
 from agent.protocol.plan import FRAME, Exit, Fusion, Node, Output, Piece, Plan, Strategy
-from agent.protocol.scores import Answers, answer, entropy_features
+from agent.protocol.scores import Answers, answer
 from exporter.data import DataSet, Split
 from exporter.methods.face import Design, Progress, RunPiece, Settled, TrainedPiece
+from exporter.quantize import CALIBRATION_SAMPLES
 
-from .aggregator import Aggregator, disjoint_parts, to_keras
+from .aggregator import (
+    Aggregator,
+    calibration_inputs,
+    disjoint_parts,
+    lowest_entropy_network,
+    to_keras,
+)
 from .calibration import SettledAnswers, settle_answers
 from .candidates import Pruning, SubsetSearch, assign, best_partition
 from .options import Snn, SnnOptions
@@ -68,6 +75,8 @@ class SNN:
                 network, or a fleet that cannot hold all classes.
             ShoalError: data or a model that cannot be pruned by classes.
         """
+        if options.fusion is Fusion.ENTROPY_MLP:
+            lowest_entropy_network(len(fleet.workers))  # raises where there can be none
         refuse_hopeless(base, fleet)
         parts = held_out_parts(data, options)
         search = subset_search(base, data, parts, options, progress)
@@ -119,7 +128,7 @@ class SNN:
         }
         labels = {name: split.labels for name, split in sets.items()}
         partition = tuple(snn.pruned.classes for snn in snns)
-        settled = settle_answers(said, labels, partition, options.seed)
+        settled = settle_answers(said, labels, partition, options.seed, options.fusion)
         plan = _plan(snns, settled, data, aggregator)
         pieces: tuple[TrainedPiece, ...] = ()
         if settled.choice.fusion is Fusion.ENTROPY_MLP and settled.network is not None:
@@ -201,17 +210,11 @@ def _plan(snns: Sequence[Snn], settled: SettledAnswers, data: DataSet, aggregato
 
 
 def _aggregator_piece(network: Aggregator, device: Device, said: Sequence[Answers]) -> TrainedPiece:
-    entropies = np.stack([np.where(x.known, x.entropies, 1) for x in said], axis=1)
-    features = entropy_features(entropies)
-    # The features' whole range, so that a lost SNN (0) and a certain one (1) are both in it.
-    calibration = np.concatenate(
-        [features, np.zeros_like(features[:1]), np.ones_like(features[:1])]
-    )
     return TrainedPiece(
         name=AGGREGATOR,
         device=device.id,
         model=to_keras(network),
-        calibration=calibration,
+        calibration=calibration_inputs(said, CALIBRATION_SAMPLES),
         message_bytes=0,
         about="whom to believe",
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from agent.protocol.errors import DataError
 from agent.protocol.fleet import Device
-from agent.protocol.plan import AnswerRule
+from agent.protocol.plan import AnswerRule, Fusion
 
 from .compensate import CompensateOptions
 from .distill import DistillOptions, Row
@@ -32,6 +32,7 @@ class SnnOptions:
         distill: Then train towards the base's outcomes, with a rest row; None = not.
         distill_samples: Training inputs for that at most.
         outcomes: `rest`, `own` (as the paper), or `auto`: the better one on held-out data.
+        fusion: How the aggregator joins answers; None = the best on held-out data.
         prune_samples: Inputs that pruning decides by; training data fills up what held-out data
             does not give.
         quick: Prune in larger steps and without second thoughts (`PruneOptions.rough`).
@@ -49,6 +50,7 @@ class SnnOptions:
     distill: DistillOptions | None = None
     distill_samples: int = 50_000
     outcomes: Literal["auto", "rest", "own"] = "auto"
+    fusion: Fusion | None = None
     prune_samples: int = 2_000
     quick: bool = False
     partition: PartitionOptions = QUICK_SEARCH
