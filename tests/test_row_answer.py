@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from agent.protocol.errors import ScoreError
 from agent.protocol.manifest import TensorSpec
@@ -25,6 +26,9 @@ RULES = [
     AnswerRule(classes=(0, 1, 2), logits=(0, 1, 2), dont_know_threshold=0.5),
     AnswerRule(classes=(7, 2), logits=(0, 2, 5, 7, 9), dont_know_threshold=0.8),
     AnswerRule(classes=(3, 1), logits=("rest", 1, 3), dont_know_threshold=1.0),
+    AnswerRule(
+        classes=(7, 2), logits=(0, 2, 5, 7, 9), dont_know_threshold=0.8, vote_bias=(4.0, -1.5, 0.25)
+    ),
     AnswerRule(classes=tuple(range(10)), logits=(*range(10), "rest"), dont_know_threshold=0.0),
 ]
 
@@ -52,7 +56,8 @@ def test_one_row_says_the_same_as_many(rule: AnswerRule, data: st.DataObject) ->
     assert one.vote is not None and many.votes is not None
     assert one.vote.weight == pytest.approx(many.votes.weights[0], abs=1)  # 65535ths
     rows = [rule.logits.index(c) for c in foreign_classes(rule)]
-    assume(np.diff(np.sort(softmax([logits])[0][rows])).min(initial=1) > 1e-6)
+    shares = softmax([logits])[0][rows] * np.exp(rule.vote_bias or (0.0,) * len(rows))
+    assume(np.diff(np.sort(shares)).min(initial=1) > 1e-6)
     assert one.vote.class_index == many.votes.classes[0]
 
 
@@ -65,6 +70,28 @@ def test_vote_names_the_likeliest_foreign_class_and_the_lowest_of_equals() -> No
     turned = AnswerRule(classes=(7, 2), logits=(9, 7, 5, 2, 0), dont_know_threshold=0.8)
     again = RowReader(turned).read([1.0, 3.0, 1.0, 9.0, 0.0])
     assert again.vote is not None and again.vote.class_index == 5
+
+
+def test_bias_moves_the_vote_and_not_the_answer() -> None:
+    plain, biased = RowReader(RULES[2]), RowReader(RULES[4])
+    logits = [1.0, 4.0, 3.0, 2.0, 0.0]
+    before, after = plain.read(logits), biased.read(logits)
+    assert (before.entropy, before.confidence) == (after.entropy, after.confidence)
+    assert before.vote is not None and after.vote is not None
+    assert (before.vote.class_index, after.vote.class_index) == (5, 0)
+    mass = softmax(logits)[[0, 2, 4]].sum()
+    share = softmax([1.0 + 4.0, 3.0 - 1.5, 0.0 + 0.25])[0]
+    assert after.vote.weight == round(float(mass * share) * 65535)
+
+
+def test_impossible_foreign_classes_get_a_vote_without_weight() -> None:
+    told = RowReader(RULES[2]).read([-900.0, 900.0, -900.0, 0.0, -900.0])
+    assert told.vote == (0, 0)
+
+
+def test_biases_are_as_many_as_foreign_classes() -> None:
+    with pytest.raises(ValidationError, match="1 vote biases for 3 foreign classes"):
+        AnswerRule(classes=(7, 2), logits=(0, 2, 5, 7, 9), dont_know_threshold=1, vote_bias=(1,))
 
 
 def test_certain_and_tied_rows() -> None:

@@ -14,6 +14,7 @@ from exporter.methods.snn.threshold import (
     fused_classes,
     own_thresholds,
     threshold_grid,
+    vote_bias,
     with_threshold,
 )
 
@@ -279,3 +280,32 @@ def test_a_table_that_holds_no_probabilities_is_refused():
         EntropyEstimator(np.float32([[0.5, np.nan]]))
     with pytest.raises(DataError):
         EntropyEstimator(np.float32([[0.5, 1.5]]))
+
+
+def test_bias_brings_back_classes_that_a_piece_never_names():
+    """A piece whose rows of classes 4 and 5 lie far too low votes for them again."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 3000)
+    logits = rng.normal(0, 1, (3000, 6)).astype(np.float32)
+    logits[np.arange(3000), labels] += 4
+    logits[:, [4, 5]] -= 12
+    rule = AnswerRule(classes=(0, 1), logits=tuple(range(6)), dont_know_threshold=1.0)
+    bias = vote_bias(logits[:1000], labels[:1000], rule)
+    fixed = rule.model_copy(update={"vote_bias": bias})
+
+    before, after = answer(logits[1000:], rule), answer(logits[1000:], fixed)
+
+    fresh = labels[1000:]
+    assert not np.isin(before.votes.classes, [4, 5]).any()
+    assert np.mean((after.votes.classes == fresh)[fresh > 1]) > 0.9
+    np.testing.assert_array_equal(after.entropies, before.entropies)
+    np.testing.assert_array_equal(after.confidences, before.confidences)
+    assert np.mean(bias) == pytest.approx(0, abs=1e-3)
+
+
+def test_piece_without_foreign_rows_has_no_bias():
+    rule = AnswerRule(classes=(0, 1), logits=(0, 1, "rest"), dont_know_threshold=1.0)
+
+    assert vote_bias(np.zeros((4, 3), np.float32), np.arange(4), rule) == ()
+    whole = AnswerRule(classes=(0, 1), logits=(0, 1, 2), dont_know_threshold=1.0)
+    assert vote_bias(np.zeros((2, 3), np.float32), np.arange(2), whole) == ()

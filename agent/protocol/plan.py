@@ -61,6 +61,8 @@ class AnswerRule(Contract):
         classes: Global indices of the classes that this piece may answer.
         logits: What each row of the output stands for: a class, or the rest in one row.
         dont_know_threshold: Largest normalized entropy that still counts as knowing.
+        vote_bias: Added to the logits of foreign classes, one for each of them in ascending order,
+            where they are compared for the vote and nowhere else. Empty = nothing is added.
     """
 
     classes: tuple[Annotated[int, Field(ge=0, lt=0xFFFF)], ...] = Field(min_length=1)
@@ -68,6 +70,7 @@ class AnswerRule(Contract):
         min_length=2
     )
     dont_know_threshold: Entropy
+    vote_bias: tuple[Annotated[float, Field(ge=-20.0, le=20.0)], ...] = ()
 
     @model_validator(mode="after")
     def _rows_cover_classes(self) -> Self:
@@ -76,6 +79,9 @@ class AnswerRule(Contract):
                 raise ValueError(f"{what} must not repeat an entry")
         if missing := set(self.classes) - set(self.logits):
             raise ValueError(f"classes {sorted(missing)} have no row among the logits")
+        foreign = len(self.logits) - len(self.classes) - ("rest" in self.logits)
+        if len(self.vote_bias) not in (0, foreign):
+            raise ValueError(f"{len(self.vote_bias)} vote biases for {foreign} foreign classes")
         return self
 
 

@@ -79,12 +79,17 @@ VOTE_UNITS = 0xFFFF
 """Weights of votes are whole 65535ths, as they travel: their sums are exact in every order."""
 
 
+LEAST_SHARE = 1e-300
+"""Foreign classes that are all impossible are divided by this instead of by 0."""
+
+
 class Vote(NamedTuple):
     """What a piece thinks an input is if it is none of its own classes.
 
     Attributes:
         class_index: Its likeliest foreign class (global index); of equals the lowest.
-        weight: Probability of that class, in 65535ths.
+        weight: Probability of that class, in 65535ths: the mass of all foreign classes, shared out
+            among them after the rule's `vote_bias`.
     """
 
     class_index: int
@@ -181,8 +186,10 @@ def _votes(probabilities: NDArray[np.float32], rule: AnswerRule) -> Votes | None
         return None
     rows = [rule.logits.index(c) for c in classes]
     foreign = probabilities[:, rows].astype(np.float64)
-    weights = np.rint(foreign.max(axis=1) * VOTE_UNITS).astype(np.int64)
-    return Votes(np.array(classes, np.int64)[foreign.argmax(axis=1)], weights)
+    shares = foreign * np.exp(rule.vote_bias or np.zeros(len(classes)))
+    total = np.maximum(shares.sum(axis=1), LEAST_SHARE)
+    weights = np.rint(shares.max(axis=1) / total * foreign.sum(axis=1) * VOTE_UNITS)
+    return Votes(np.array(classes, np.int64)[shares.argmax(axis=1)], weights.astype(np.int64))
 
 
 def answer(logits: ArrayLike, rule: AnswerRule) -> Answers:
@@ -240,7 +247,12 @@ class RowReader:
         self._classes = rule.classes
         self._own = tuple(rule.logits.index(c) for c in rule.classes)
         self._foreign = tuple(i for i in range(len(rule.logits)) if i not in self._own)
-        self._voting = tuple((rule.logits.index(c), c) for c in foreign_classes(rule))
+        foreign = foreign_classes(rule)
+        biases = rule.vote_bias or (0.0,) * len(foreign)
+        self._voting = tuple(
+            (rule.logits.index(c), c, math.exp(bias))
+            for c, bias in zip(foreign, biases, strict=True)
+        )
         self._rows = len(rule.logits)
         self._log_outcomes = math.log(len(self._own) + bool(self._foreign))
         self._threshold = _to_float32([rule.dont_know_threshold])[0]
@@ -276,8 +288,13 @@ class RowReader:
         known = rest <= confidence and entropy <= self._threshold
         vote = None
         if self._voting:
-            row, foreign = max(self._voting, key=lambda voting: p[voting[0]])  # the first of equals
-            vote = Vote(foreign, round(p[row] * VOTE_UNITS))
+            shares = [p[row] * gain for row, _, gain in self._voting]
+            highest_share = max(shares)  # of equals the first
+            mass = sum(p[row] for row, _, _ in self._voting)
+            part = highest_share / max(sum(shares), LEAST_SHARE)
+            vote = Vote(
+                self._voting[shares.index(highest_share)][1], round(part * mass * VOTE_UNITS)
+            )
         return RowAnswer(self._classes[best], known, entropy if known else 1.0, confidence, vote)
 
 

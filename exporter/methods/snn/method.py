@@ -16,7 +16,7 @@ import numpy as np
 from agent.protocol.fleet import Device, Fleet
 from agent.protocol.manifest import Figure
 from agent.protocol.messages import ANSWER_BODY, CRC, HEADER
-from agent.protocol.plan import FRAME, Exit, Fusion, Node, Output, Piece, Plan, Strategy
+from agent.protocol.plan import FRAME, AnswerRule, Exit, Fusion, Node, Output, Piece, Plan, Strategy
 from agent.protocol.scores import Answers, answer
 from exporter.data import DataSet, Split
 from exporter.methods.face import Design, Progress, RunPiece, Settled, TrainedPiece
@@ -37,6 +37,7 @@ from .prune import build
 from .retrain import retrained
 from .sections import class_labels, search_section, settled_sections
 from .smallest import refuse_hopeless
+from .threshold import vote_bias
 
 if TYPE_CHECKING:
     import keras
@@ -122,14 +123,24 @@ class SNN:
         snns, aggregator = facts.snns, fleet.device(fleet.aggregator)
         sets = {name: split for name, split in facts.parts.items() if name != "prune"}
         sets["test"] = data.test
-        said = {
-            name: [answer(run(s.piece, data.inputs(split.frames)), s.rule()) for s in snns]
+        logits = {
+            name: [run(s.piece, data.inputs(split.frames)) for s in snns]
             for name, split in sets.items()
+        }
+        rules = [
+            s.rule().model_copy(
+                update={"vote_bias": vote_bias(x, sets["threshold"].labels, s.rule())}
+            )
+            for s, x in zip(snns, logits["threshold"], strict=True)
+        ]
+        said = {
+            name: [answer(x, rule) for x, rule in zip(rows, rules, strict=True)]
+            for name, rows in logits.items()
         }
         labels = {name: split.labels for name, split in sets.items()}
         partition = tuple(snn.pruned.classes for snn in snns)
         settled = settle_answers(said, labels, partition, options.seed, options.fusion)
-        plan = _plan(snns, settled, data, aggregator)
+        plan = _plan(snns, rules, settled, data, aggregator)
         pieces: tuple[TrainedPiece, ...] = ()
         if settled.choice.fusion is Fusion.ENTROPY_MLP and settled.network is not None:
             pieces = (_aggregator_piece(settled.network, aggregator, said["aggregator"]),)
@@ -174,7 +185,13 @@ def _profile(base: keras.Model, data: DataSet, part: Split, options: SnnOptions)
     )
 
 
-def _plan(snns: Sequence[Snn], settled: SettledAnswers, data: DataSet, aggregator: Device) -> Plan:
+def _plan(
+    snns: Sequence[Snn],
+    rules: Sequence[AnswerRule],
+    settled: SettledAnswers,
+    data: DataSet,
+    aggregator: Device,
+) -> Plan:
     """The plan: one answering node a device, one node that believes."""
     fusion = settled.choice.fusion
     pieces = [
@@ -182,9 +199,9 @@ def _plan(snns: Sequence[Snn], settled: SettledAnswers, data: DataSet, aggregato
             name=snn.piece,
             inputs=(FRAME,),
             outputs=(Output.ANSWER,),
-            answer=snn.rule(threshold),
+            answer=rule.model_copy(update={"dont_know_threshold": threshold}),
         )
-        for snn, threshold in zip(snns, settled.choice.thresholds, strict=True)
+        for snn, rule, threshold in zip(snns, rules, settled.choice.thresholds, strict=True)
     ]
     names = tuple(snn.piece for snn in snns)
     if fusion is Fusion.ENTROPY_MLP:

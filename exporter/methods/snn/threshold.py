@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.protocol.errors import DataError
-from agent.protocol.plan import Fusion
-from agent.protocol.scores import Answers, exits, most_trusted, outvoted
+from agent.protocol.plan import AnswerRule, Fusion
+from agent.protocol.scores import Answers, exits, foreign_classes, most_trusted, outvoted, softmax
 
 Trust = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.float32]]
 """The network of `entropy_mlp`: (entropies (N, n), known (N, n)) -> trust (N, n)."""
@@ -204,3 +204,43 @@ def _min_entropy_sweep(
     right = np.sort(lowest[classes == labels])
     counts = np.searchsorted(right, np.asarray(grid, np.float32), side="right")
     return tuple((counts / len(labels)).tolist())
+
+
+VOTE_ROUNDS = 300
+MOST_BIAS = 20.0
+
+
+def vote_bias(
+    logits: NDArray[np.float32], labels: NDArray[np.int64], rule: AnswerRule
+) -> tuple[float, ...]:
+    """What makes a piece name each foreign class as often as it occurs.
+
+    A network pruned for some classes may gather all others in a few of its rows: its rest mass is
+    right and its vote is always for the same two. A bias for each foreign class, found by matching
+    the mean of the shares to the frequencies (the fixed point of logistic regression that fits
+    biases alone), brings back what the rows still tell. It shares out the rest mass and does not
+    change it, so entropies and thresholds stay.
+
+    Args:
+        logits: (N, K), K = len(rule.logits), of the quantized piece.
+        labels: (N,) true classes.
+        rule: Which row stands for which class; its own `vote_bias` is not looked at.
+
+    Returns:
+        One bias for each foreign class, ascending, to four decimals, of mean 0 before they are
+        clipped to +-20; empty without foreign rows or without an image of a foreign class.
+    """
+    classes = foreign_classes(rule)
+    of_foreign = np.isin(labels, classes)
+    if not classes or not of_foreign.any():
+        return ()
+    rows = [rule.logits.index(c) for c in classes]
+    values = np.asarray(logits, np.float64)[of_foreign][:, rows]
+    counts = np.array([np.count_nonzero(labels == c) for c in classes]) + 1.0
+    wanted = counts / counts.sum()
+    bias = np.zeros(len(classes))
+    for _ in range(VOTE_ROUNDS):
+        named = softmax(values + bias).astype(np.float64).mean(axis=0)
+        bias += 0.5 * (np.log(wanted) - np.log(named + 1e-9))
+        bias = np.clip(bias - bias.mean(), -MOST_BIAS, MOST_BIAS)
+    return tuple(round(float(x), 4) for x in bias)
