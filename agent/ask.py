@@ -21,11 +21,14 @@ from agent.protocol.messages import (
     Header,
     Request,
     Status,
+    decode,
     decode_text,
     encode,
     prepare_decisions,
 )
+from agent.protocol.plan import FRAME
 from agent.protocol.topics import Topics
+from agent.traffic import Tally, Traffic
 
 CONNECT_TIMEOUT_S = 10.0
 ONLINE_TIMEOUT_S = 2.0
@@ -33,6 +36,7 @@ ONLINE_TIMEOUT_S = 2.0
 MARGIN_S = 2.0
 """Beyond a request's deadline: time for the decision's way, before it counts as lost."""
 REMEMBERED_REQUESTS = 1024
+MAX_SAMPLE = 2**32 - 1
 
 
 class Pending:
@@ -53,6 +57,15 @@ class Pending:
         self._timeout_s = timeout_s
         self._decided = threading.Event()
         self._decision: Decision | None = None
+        self.tally = Tally()
+
+    @property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """What it cost on the wire so far, if its asker measures; nothing if it does not.
+
+        All that led to the decision is in it by then; what comes later still counts.
+        """
+        return self._asker.traffic_of(self)
 
     @property
     def done(self) -> bool:
@@ -94,13 +107,17 @@ class Asker:
         manifest: Of the bundle that the fleet runs.
         fleet: Its fleet.
         address: The broker.
+        measure: Listen to all that the fleet sends for our requests, and count its bytes: see
+            `Pending.traffic`.
 
     Attributes:
         surplus: Decisions on requests of ours that had one already, whatever they say. After a
             broken connection the same one may come again: QoS 1 sends what was not acknowledged.
     """
 
-    def __init__(self, manifest: Manifest, fleet: Fleet, address: BrokerAddress) -> None:
+    def __init__(
+        self, manifest: Manifest, fleet: Fleet, address: BrokerAddress, *, measure: bool = False
+    ) -> None:
         self.manifest = manifest
         self.fleet = fleet
         self.surplus = 0
@@ -118,7 +135,17 @@ class Asker:
         prepare_decisions()
         self._link = Link(address, client_id, on_fault=self._on_fault)
         self._link.subscribe(self._topics.decision, self._on_decision)
-        for device in {s.aggregator.device for s in manifest.plan.strategies}:
+        self._tiers: dict[tuple[int, int | None], int] = {
+            (i, number): node.tier
+            for i, strategy in enumerate(manifest.plan.strategies)
+            for number, node in enumerate(strategy.nodes)
+        }
+        self._measured: OrderedDict[int, Tally] | None = OrderedDict() if measure else None
+        if measure:
+            for leaf in ("res", "scores", "feat"):
+                self._link.subscribe(self._topics.device("+", leaf), self._on_traffic)
+            self._link.subscribe(self._topics.escalation, self._on_traffic)
+        for device in self._deciders():
             topic = self._topics.device(device, "status")
             self._link.subscribe(topic, self._on_status, qos=1)
 
@@ -132,7 +159,7 @@ class Asker:
         device = self._aggregator(0)
         with self._changed:
             online = self._changed.wait_for(
-                lambda: self._statuses.get(device) is Status.ONLINE, ONLINE_TIMEOUT_S
+                lambda: Status.ONLINE in self._statuses.values(), ONLINE_TIMEOUT_S
             )
         if not online:
             self._link.stop()
@@ -155,6 +182,7 @@ class Asker:
         self,
         frame: NDArray[np.generic] | None,
         *,
+        sample: int | None = None,
         deadline_ms: float | None = None,
         strategy: int = 0,
     ) -> Pending:
@@ -162,6 +190,7 @@ class Asker:
 
         Args:
             frame: Shape and dtype of the manifest's FrameSpec; None: every device reads its sensor.
+            sample: Without a frame: which sample the sensors that are recordings shall take.
             deadline_ms: Time the fleet has; by default the fleet file's.
             strategy: Index into the plan's strategies.
 
@@ -169,7 +198,7 @@ class Asker:
             DataError: the frame has another shape or dtype.
             DeviceUnreachable: there is no connection to the broker.
         """
-        self._check(frame)
+        self._check(frame, sample)
         whole_ms = max(1, math.ceil(self.fleet.deadline_ms if deadline_ms is None else deadline_ms))
         with self._lock:
             self._count += 1
@@ -178,8 +207,16 @@ class Asker:
                 del self._pending[name]
             pending = Pending(self, f"{number:016x}", whole_ms / 1e3 + MARGIN_S)
             self._pending[pending.request] = pending
-        request = Request(Header(self._plan, number, self._boot, strategy), whole_ms, frame)
-        if not self._link.publish(self._topics.request, encode(request)):
+            if self._measured is not None:
+                self._measured[number] = pending.tally
+                if len(self._measured) > REMEMBERED_REQUESTS:
+                    self._measured.popitem(last=False)
+        request = Request(Header(self._plan, number, self._boot, strategy), whole_ms, frame, sample)
+        payload = encode(request)
+        if self._measured is not None:
+            with self._lock:
+                pending.tally.add(None, request, len(payload))
+        if not self._link.publish(self._topics.request, payload):
             with self._lock:
                 self._pending.pop(pending.request, None)
             if self._failure is not None:
@@ -195,11 +232,18 @@ class Asker:
         self,
         frame: NDArray[np.generic] | None,
         *,
+        sample: int | None = None,
         deadline_ms: float | None = None,
         strategy: int = 0,
     ) -> Decision:
         """Send a request and wait for its decision. Raises as `submit` and `Pending.result`."""
-        return self.submit(frame, deadline_ms=deadline_ms, strategy=strategy).result()
+        pending = self.submit(frame, sample=sample, deadline_ms=deadline_ms, strategy=strategy)
+        return pending.result()
+
+    def traffic_of(self, pending: Pending) -> tuple[Traffic, ...]:
+        """See `Pending.traffic`."""
+        with self._lock:
+            return pending.tally.rows()
 
     def no_decision(self, request: str, timeout_s: float) -> DeviceUnreachable:
         """The error for a request that nobody decided."""
@@ -213,6 +257,15 @@ class Asker:
                 else _start_line(device),
             )
 
+    def _deciders(self) -> set[str]:
+        """Devices that may decide a request."""
+        return {
+            node.device
+            for strategy in self.manifest.plan.strategies
+            for node in strategy.nodes
+            if any(x.tier == node.tier for x in strategy.exits)
+        }
+
     def _aggregator(self, strategy: int) -> str:
         return self.manifest.plan.strategies[strategy].aggregator.device
 
@@ -221,8 +274,12 @@ class Asker:
         said = "has never been online here" if status is None else f"says it is {status.value}"
         return f"device {device!r}, which decides, {said}"
 
-    def _check(self, frame: NDArray[np.generic] | None) -> None:
+    def _check(self, frame: NDArray[np.generic] | None, sample: int | None) -> None:
         spec = self.manifest.frame
+        if sample is not None and (frame is not None or not 0 <= sample <= MAX_SAMPLE):
+            raise DataError(
+                f"sample {sample}: a trigger takes one of 0 to {MAX_SAMPLE}, and no frame with it"
+            )
         if frame is not None and (frame.shape != spec.shape or frame.dtype != spec.dtype):
             raise DataError(
                 f"a frame of this plan is {spec.dtype} {spec.shape}, "
@@ -245,6 +302,18 @@ class Asker:
             with self._changed:
                 self._statuses[device] = status
                 self._changed.notify_all()
+
+    def _on_traffic(self, topic: str, payload: bytes) -> None:
+        try:
+            message = decode(payload)
+        except WireError:
+            return
+        header = message.header
+        with self._lock:
+            tally = None if self._measured is None else self._measured.get(header.request)
+            tier = self._tiers.get((header.strategy, header.node))
+            if tally is not None and tier is not None and header.plan == self._plan:
+                tally.add(tier, message, len(payload))
 
     def _on_decision(self, topic: str, payload: bytes) -> None:
         try:
@@ -271,11 +340,31 @@ def ask(
     address: BrokerAddress,
     frame: NDArray[np.generic] | None,
     *,
+    sample: int | None = None,
     deadline_ms: float | None = None,
 ) -> Decision:
     """Connect, ask once, disconnect. Raises as `Asker.start` and `Asker.ask`."""
     with Asker(manifest, fleet, address) as asker:
-        return asker.ask(frame, deadline_ms=deadline_ms)
+        return asker.ask(frame, sample=sample, deadline_ms=deadline_ms)
+
+
+def check_sensors(manifest: Manifest, fleet: Fleet) -> None:
+    """Make sure that a trigger is seen by anybody.
+
+    Raises:
+        DataError: no device that takes frames has a sensor; names them.
+    """
+    looking = [
+        device
+        for device in fleet.devices
+        if any(FRAME in piece.inputs for piece in manifest.pieces_of(device.id))
+    ]
+    if not any(device.sensor is not None for device in looking):
+        raise DataError(
+            f"no device has a sensor: {', '.join(device.id for device in looking)}",
+            "give them one in the fleet file and export again, for example sensor: {camera: 0}, "
+            "or send a frame",
+        )
 
 
 def _start_line(device: str) -> str:

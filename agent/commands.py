@@ -108,13 +108,17 @@ def check(fleet: Path, as_json: bool) -> None:
     from agent.console import print_json, print_table, talk
     from agent.protocol.fleet import load_fleet
     from agent.protocol.units import format_bytes
+    from agent.sensor import locate
 
     found = load_fleet(fleet)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
+    columns = ["device", "kind", "tier", "runtime", "memory", "flash", "link", "role"]
+    if any(device.sensor is not None for device in found.devices):
+        columns.insert(-1, "sensor")
     print_table(
-        ("device", "kind", "tier", "runtime", "memory", "flash", "link", "role"),
+        columns,
         [
             {
                 "device": device.id,
@@ -125,12 +129,17 @@ def check(fleet: Path, as_json: bool) -> None:
                 "flash": None if device.flash_bytes is None else format_bytes(device.flash_bytes),
                 "link": f"{found.link_of(device).rate_bits_per_s / 1e6:g} Mbit/s, "
                 f"{found.link_of(device).latency_ms:g} ms",
+                "sensor": None if device.sensor is None else device.sensor.text(),
                 "role": "aggregator" if device.id == found.aggregator else None,
             }
             for device in found.devices
         ],
         right=("tier", "memory", "flash"),
     )
+    for device in found.devices:
+        path = None if device.sensor is None else device.sensor.array or device.sensor.folder
+        if path is not None and not locate(path, fleet.parent).exists():
+            talk(f"{device.id}: {path} is not on this machine; it must be where {device.id} runs")
     talk(
         f"{fleet}: fleet {found.fleet!r}, {len(found.devices)} devices, broker "
         f"{found.broker.host}:{found.broker.port}, deadline {found.deadline_ms:g} ms: no mistakes"
@@ -246,11 +255,31 @@ def _print_devices(rows: list[dict[str, Any]]) -> None:
     print_table(columns, shown, right=("tier", "pid"))
 
 
+NOW = "now"
+
+
+def read_trigger(ctx: click.Context, param: click.Parameter, value: str | None) -> str | int | None:
+    """A sample's number, NOW where none is given, None without the option."""
+    if value is None or value == NOW:
+        return value
+    if not value.isdecimal() or int(value) >= 2**32:
+        raise click.BadParameter(f"{value!r} is not the number of a sample, from 0", ctx, param)
+    return int(value)
+
+
 @click.command()
-@click.argument("frame", metavar="INPUT", type=FILE)
+@click.argument("frame", metavar="[INPUT]", type=FILE, required=False)
 @bundle_option
 @broker_option
 @click.option("--index", type=click.IntRange(min=0), help="Which frame of a file with several.")
+@click.option(
+    "--trigger",
+    metavar="[SAMPLE]",
+    is_flag=False,
+    flag_value=NOW,
+    callback=read_trigger,
+    help="Send no frame: every device reads its own sensor; SAMPLE says what of a recording.",
+)
 @click.option(
     "--deadline",
     "deadline_ms",
@@ -260,33 +289,46 @@ def _print_devices(rows: list[dict[str, Any]]) -> None:
 )
 @json_option
 def infer(
-    frame: Path,
+    frame: Path | None,
     bundle: Path,
     broker: tuple[str, int] | None,
     index: int | None,
+    trigger: str | int | None,
     deadline_ms: int | None,
     as_json: bool,
 ) -> None:
-    """Send a frame to the fleet and print what it decides.
+    """Send a frame to the fleet, or --trigger its sensors, and print what it decides.
 
     INPUT is a .npy or .npz file, or an image.
     """
-    from agent.ask import Asker
+    if (frame is None) == (trigger is None):
+        raise click.UsageError("give either INPUT or --trigger")
+    if index is not None and frame is None:
+        raise click.UsageError("--index is for INPUT; name the sample: --trigger SAMPLE")
+    from agent.ask import Asker, check_sensors
     from agent.console import print_json, talk
     from agent.frame_file import read_frame
     from agent.monitor.events import decision_label, printable
     from agent.target import open_target
+    from agent.traffic import totals
 
     _quiet()
     target = open_target(bundle, None, broker)
     assert target.manifest is not None
-    values = read_frame(frame, target.manifest.frame, index)
-    with Asker(target.manifest, target.fleet, target.broker) as asker:
-        pending = asker.submit(values, deadline_ms=deadline_ms)
+    values = None
+    if frame is None:
+        check_sensors(target.manifest, target.fleet)
+    else:
+        values = read_frame(frame, target.manifest.frame, index)
+    sample = trigger if isinstance(trigger, int) else None
+    with Asker(target.manifest, target.fleet, target.broker, measure=True) as asker:
+        pending = asker.submit(values, sample=sample, deadline_ms=deadline_ms)
         decision = pending.result()
+        traffic = totals(pending.traffic)
     if as_json:
         fields = decision.model_dump(mode="json")
-        print_json(fields | {"round_trip_ms": round(pending.round_trip_ms, 3)})
+        fields |= {"round_trip_ms": round(pending.round_trip_ms, 3), "traffic": traffic}
+        print_json(fields)
         return
     click.echo(printable(decision_label(decision)))
     latency = decision.latency
@@ -299,7 +341,11 @@ def infer(
         f"{latency.queue_ms:.1f}, inference {latency.inference_ms:.1f}, wire "
         f"{latency.wire_ms:.1f}, fusion {latency.fusion_ms:.1f}; "
         f"{decision.bytes_received} bytes received",
+        f"between all nodes {traffic['payload_bytes']} bytes ({traffic['content_bytes']} of "
+        f"content), request {traffic['request_bytes']} bytes",
     ]
+    if decision.blank:
+        lines.insert(1, f"saw nothing: {', '.join(decision.blank)}")
     if decision.missing:
         lines.insert(1, f"missing: {', '.join(decision.missing)}")
     for line in lines:

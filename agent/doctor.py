@@ -96,6 +96,7 @@ def examine(
     if bundle is not None and manifest is not None:
         yield from _devices_of_plan(target.fleet, manifest)
         yield from _pieces_load(bundle, manifest, target.fleet)
+        yield from _sensors(bundle, manifest, target.fleet)
     yield from _broker(target)
 
 
@@ -280,6 +281,33 @@ def _pieces_load(bundle: Path, manifest: Manifest, fleet: Fleet) -> Iterator[Fin
     yield _ok("pieces", f"{count} loaded")
     for notice, pieces in notices.items():
         yield _note("pieces", f"{', '.join(pieces)}: {notice}")
+
+
+def _sensors(bundle: Path, manifest: Manifest, fleet: Fleet) -> Iterator[Finding]:
+    """What is here of the devices' sensors must give frames of this bundle."""
+    from agent.sensor import locate, open_sensor
+
+    for device in fleet.devices:
+        sensor = device.sensor
+        if sensor is None:
+            continue
+        text = f"{device.id}: {sensor.text()}"
+        if not any(FRAME in piece.inputs for piece in manifest.pieces_of(device.id)):
+            yield _note("sensors", f"{text}: not read, as no piece of this device takes frames")
+            continue
+        path = sensor.array or sensor.folder
+        if path is None:
+            yield _note("sensors", f"{text}: opened only by the device itself")
+        elif not locate(path, bundle).exists():
+            hint = f"it must be where {device.id} runs; here there is no {locate(path, bundle)}"
+            yield _note("sensors", f"{text}: not on this machine", hint)
+        else:
+            try:
+                open_sensor(sensor, manifest.frame, bundle)
+            except ShoalError as error:
+                yield _wrong("sensors", type(error)(f"{device.id}: {error.message}", error.hint))
+            else:
+                yield _ok("sensors", text)
 
 
 def _broker(target: Target) -> Iterator[Finding]:

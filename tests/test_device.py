@@ -260,12 +260,12 @@ def test_valid_message_on_a_topic_that_is_not_its_own_is_refused(
     toy: Toy, asker: Asker, frames: NDArray[np.uint8]
 ) -> None:
     desk = toy.devices[DESK]
-    boot = int(toy.devices["eye-0"].info.boot, 16)
-    stolen = Answer(Header(int(toy.manifest.plan_id, 16), 1, boot, 0, 0), 0, True, 0, 1, 0, 0)
+    boot = int(toy.devices["eye-1"].info.boot, 16)  # whose piece has no vote
+    stolen = Answer(Header(int(toy.manifest.plan_id, 16), 1, boot, 0, 1), 4, True, 0, 1, 0, 0)
     before = desk.rejected.get(Refusal.WRONG_TOPIC, 0)
     with Link(toy.address, "liar") as liar:
         liar.start(5.0)
-        liar.publish(TOPICS.device("eye-1", "res"), encode(stolen))
+        liar.publish(TOPICS.device("eye-0", "res"), encode(stolen))
         liar.publish(TOPICS.request, encode(stolen))
         assert eventually(lambda: desk.rejected.get(Refusal.WRONG_TOPIC, 0) == before + 2)
     assert asker.ask(frames[0]).missing == ()
