@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.gather import PATIENCE_S, Collection, Gather, Refusal, Roster, Source
-from agent.protocol.messages import Answer, Header, MessageKind, Status
+from agent.protocol.messages import Answer, Blank, Header, MessageKind, Status
 
 PLAN = 0xABCD0001
 SOURCES = tuple(Source(i, f"n{i}", f"d{i}", MessageKind.ANSWER) for i in range(4))
@@ -49,6 +49,27 @@ def test_request_is_complete_with_its_last_part() -> None:
     assert sorted(collection.parts) == [0, 1, 2, 3]
     assert collection.bytes_received == 4 * 52
     assert len(g) == 0
+
+
+def test_blank_is_not_waited_for_and_is_no_part() -> None:
+    g = gather()
+    g.open(7, 0.0, 1.0)
+    for node in range(3):
+        g.add(part(7, node), f"d{node}", 52)
+    assert g.add(Blank(part(7, 3).header, MessageKind.SCORES), "d3") is Refusal.WRONG_KIND
+    outcome = g.add(Blank(part(7, 3).header, MessageKind.ANSWER), "d3", 29)
+    assert not isinstance(outcome, Refusal)
+    (collection,) = outcome
+    assert (sorted(collection.parts), collection.blank) == ([0, 1, 2], {3})
+    assert collection.bytes_received == 3 * 52 + 29
+
+
+def test_dormant_request_is_due_when_its_node_may_step_in() -> None:
+    g = gather()
+    g.open(7, 0.0, 1.0, armed=False, step_in_s=0.6)
+    assert g.next_deadline_s() == 0.6
+    g.arm(7)
+    assert g.next_deadline_s() == 1.0
 
 
 def test_request_ends_at_its_deadline_with_what_is_there() -> None:
@@ -234,6 +255,8 @@ def test_order_of_arrival_does_not_matter(order: list[int]) -> None:
 EVENTS = st.one_of(
     st.tuples(st.just("open"), st.integers(0, 5), st.booleans()),
     st.tuples(st.just("add"), st.integers(0, 5), st.integers(0, 3), st.integers(0, 1)),
+    st.tuples(st.just("blank"), st.integers(0, 5), st.integers(0, 3), st.integers(0, 1)),
+    st.tuples(st.just("drop"), st.integers(0, 5)),
     st.tuples(st.just("restart"), st.integers(0, 3)),
     st.tuples(st.just("offline"), st.integers(0, 3)),
     st.tuples(st.just("online"), st.integers(0, 3)),
@@ -260,6 +283,16 @@ def test_every_request_ends_once_and_holds_parts_of_itself_only(
             request, node, age = numbers
             outcome = g.add(part(request, node, boot=boots[f"d{node}"] - age), f"d{node}")
             ended += [] if isinstance(outcome, Refusal) else outcome
+        elif kind == "blank":
+            request, node, age = numbers
+            header = part(request, node, boot=boots[f"d{node}"] - age).header
+            outcome = g.add(Blank(header, MessageKind.ANSWER), f"d{node}")
+            ended += [] if isinstance(outcome, Refusal) else outcome
+        elif kind == "drop":
+            if g.find(numbers[0]) is not None:
+                opened.remove(numbers[0])
+            g.drop(numbers[0])
+            assert g.find(numbers[0]) is None
         elif kind == "restart":
             device = f"d{numbers[0]}"
             boots[device] += 1
@@ -280,6 +313,7 @@ def test_every_request_ends_once_and_holds_parts_of_itself_only(
     assert sorted(collection.request for collection in ended) == sorted(opened)
     assert len(g) == 0
     for collection in ended:
+        assert not collection.blank & (collection.parts.keys() | collection.waiting)
         for position, got in collection.parts.items():
             assert got.header.request == collection.request
             assert got.header.node == position
