@@ -5,8 +5,7 @@ import pytest
 
 from agent.protocol.errors import DataError, ScoreError
 from agent.protocol.plan import AnswerRule, Fusion
-from agent.protocol.scores import Answers, answer, most_trusted, softmax
-from exporter.methods.snn.estimate import EntropyEstimator, Outcomes, own_class_probabilities
+from agent.protocol.scores import Answers, answer, most_trusted
 from exporter.methods.snn.threshold import (
     PAPER_GRID,
     WHOLE_GRID,
@@ -184,102 +183,6 @@ def test_thresholds_out_of_order_and_foreign_labels_are_refused():
         common_threshold(fleet, np.array([0, 1, 1]))
     with pytest.raises(DataError, match="same images"):
         fused_classes([fleet[0], says([0], [0.1])], Fusion.MIN_ENTROPY)
-
-
-def unpruned_table(images=300, classes=6, seed=0):
-    """Where nothing is pruned away, every PNN is the base."""
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(0, 3, (images, classes)).astype(np.float32)
-    return logits, own_class_probabilities([logits] * classes)
-
-
-@pytest.mark.parametrize("subset", [(0, 3), (1, 2, 5), (4,), (0, 1, 2, 3, 4)])
-def test_estimate_with_rest_is_exact_where_nothing_is_pruned(subset):
-    logits, table = unpruned_table()
-    rule = AnswerRule(classes=subset, logits=tuple(range(6)), dont_know_threshold=1.0)
-
-    estimated, real = EntropyEstimator(table).answers(subset), answer(logits, rule)
-
-    np.testing.assert_array_equal(estimated.classes, real.classes)
-    np.testing.assert_array_equal(estimated.known, real.known)
-    np.testing.assert_allclose(estimated.entropies, real.entropies, atol=2e-5)
-    np.testing.assert_allclose(estimated.confidences, real.confidences, atol=1e-5)
-
-
-def test_renormalised_estimate_is_a_softmax_over_own_classes_where_nothing_is_pruned():
-    logits, table = unpruned_table()
-    rule = AnswerRule(classes=(1, 4), logits=(1, 4), dont_know_threshold=1.0)
-
-    estimated = EntropyEstimator(table, Outcomes.OWN_RENORMALISED).answers((4, 1))
-
-    real = answer(logits[:, [1, 4]], rule)
-    np.testing.assert_array_equal(estimated.classes, real.classes)
-    np.testing.assert_allclose(estimated.entropies, real.entropies, atol=1e-4)
-
-
-def test_own_estimate_is_equation_1_on_probabilities_that_do_not_sum_to_one():
-    table = np.float32([[0.5, 0.0], [0.25, 0.1], [0.9, 0.9]])
-
-    estimated = EntropyEstimator(table, Outcomes.OWN).answers((0, 1))
-
-    expected = [
-        -(0.5 * np.log(0.5) + 0.25 * np.log(0.25)) / np.log(2),
-        -0.1 * np.log(0.1) / np.log(2),
-    ]
-    np.testing.assert_allclose(estimated.entropies, expected, rtol=1e-5)
-    assert estimated.classes.tolist() == [0, 1]
-    assert estimated.known.all()
-
-
-def test_single_class_says_nothing_without_the_rest_and_something_with_it():
-    table = np.float32([[0.9, 0.6, 0.2], [0.1, 0.1, 0.1]])
-
-    own = EntropyEstimator(table, Outcomes.OWN).answers([0])
-    rest = EntropyEstimator(table, Outcomes.REST).answers([0])
-
-    assert own.entropies.tolist() == [0, 0, 0]
-    assert rest.known.tolist() == [True, True, False]
-    assert rest.entropies[0] < rest.entropies[1] < 1
-    assert rest.entropies[2] == 1
-
-
-def test_networks_that_claim_more_than_everything_leave_no_rest():
-    table = np.float32([[0.9, 0.0], [0.9, 0.0]])
-
-    estimated = EntropyEstimator(table).answers((0, 1))
-
-    assert estimated.known.tolist() == [True, False]
-    assert estimated.entropies[0] == pytest.approx(np.log(2) / np.log(3))
-
-
-def test_estimates_are_remembered_for_any_order_of_classes():
-    estimator = EntropyEstimator(unpruned_table()[1])
-
-    assert estimator.answers([3, 1]) is estimator.answers((1, 3))
-
-
-def test_own_class_probabilities_reads_each_networks_own_class():
-    rng = np.random.default_rng(0)
-    logits = [rng.normal(size=(5, 3)).astype(np.float32) for _ in range(3)]
-
-    table = own_class_probabilities(iter(logits))
-
-    assert table.dtype == np.float32
-    for c in range(3):
-        np.testing.assert_array_equal(table[c], softmax(logits[c])[:, c])
-
-
-@pytest.mark.parametrize("shapes", [[], [(5, 3)] * 2, [(5, 3), (5, 3), (4, 3)], [(5,)] * 3])
-def test_networks_that_are_not_one_per_class_are_refused(shapes):
-    with pytest.raises(DataError, match="expected C logit arrays"):
-        own_class_probabilities([np.zeros(shape, np.float32) for shape in shapes])
-
-
-def test_a_table_that_holds_no_probabilities_is_refused():
-    with pytest.raises(DataError):
-        EntropyEstimator(np.float32([[0.5, np.nan]]))
-    with pytest.raises(DataError):
-        EntropyEstimator(np.float32([[0.5, 1.5]]))
 
 
 def test_bias_brings_back_classes_that_a_piece_never_names():

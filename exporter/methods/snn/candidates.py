@@ -18,7 +18,7 @@ from agent.protocol.scores import Answers, answer
 from exporter.cost.piece import INTERPRETER_CODE_BYTES, Numbers, container_bytes
 from exporter.methods.face import Progress
 
-from .estimate import EntropyEstimator, Outcomes, own_class_probabilities
+from .estimate import OutcomeEstimator, flattening
 from .masked import Floats
 from .options import Snn, SnnOptions, plain
 from .partition import (
@@ -162,25 +162,30 @@ def best_partition(
 
 
 class Scorers:
-    """The two scores of a partition: fleet accuracy on the threshold set, estimated and real.
+    """The two scores of a partition, larger is better.
 
     Attributes:
-        alone: What pruning for each class alone gave: the estimates rest on it.
+        alone: What pruning for each class alone gave: what the estimates know of pruning.
     """
 
     def __init__(self, search: SubsetSearch, labels: NDArray[np.int64]) -> None:
         self._search, self._labels = search, labels
-        singles = [(c,) for c in range(search.work.profile.classes)]
+        profile, features = search.work.profile, search.work.features
+        singles = [(c,) for c in range(profile.classes)]
         self.alone = search.rough().networks(singles, "prune for one class each")
-        table = own_class_probabilities([found["logits"] for found in self.alone])
-        self._estimator = EntropyEstimator(table, Outcomes.REST)
+        base = profile.masked.evaluate(features, {}, start=profile.start)
+        self._estimator = OutcomeEstimator(
+            np.concatenate([profile.logits, base]),
+            np.concatenate([profile.labels, labels]),
+            flattening(base, [found["logits"] for found in self.alone]),
+        )
 
     def estimate(self, partition: Partition) -> float:
-        """From the networks for one class each: array gathers, no inference."""
-        return _score([self._estimator.answers(s) for s in partition], self._labels)
+        """Log-likelihood of what its networks would say, nats per input: no inference."""
+        return self._estimator.score(partition)
 
     def evaluate(self, partitions: Sequence[Partition]) -> list[float]:
-        """From networks pruned for these very class sets."""
+        """Fleet accuracy on the threshold set, from networks pruned for these very class sets."""
         subsets = [subset for partition in partitions for subset in partition]
         self._search.networks(subsets, "prune the best candidates")
         return [_score([self._search.answers(s) for s in p], self._labels) for p in partitions]

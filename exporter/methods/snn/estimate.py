@@ -1,131 +1,122 @@
-"""What a candidate SNN would say, estimated from networks pruned for one class each: no inference.
+"""What the networks of a partition would say, before any is pruned for it: array arithmetic.
 
-A PNN is the base pruned for a single class (CAP'NN for |K| = 1). The C PNNs run once over the
-threshold set; what each gives its own class is kept. The answer of an SNN for any class set S is
-then read off by gathering rows of that table: Edge^nAI's estimate (its Eq. 1 evaluated with the
-PNNs' probabilities x_c, c in S).
+Pruning without retraining flattens what a network says: centred over the classes, the logits of a
+network pruned for any class set are about alpha times the base's, plus noise that no estimate can
+know. alpha depends on how hard one prunes and little on for which classes; it is measured on the C
+networks pruned for one class each (Edge^nAI's PNNs). So the network for S is estimated to give
 
-A PNN keeps all the logits of the base: a softmax over its one class would always be 1.
+    p = softmax(alpha z),    q_c = p_c (c in S),    q_rest = sum_{c not in S} p_c
+
+with z the base's logits, and a partition P is worth the log-likelihood of the true outcomes of all
+its networks, o_S(i) being input i's class if it is in S and else the rest:
+
+    E(P) = sum_{S in P} 1/N sum_i log q_{S, o_S(i)}(i)
+         = 1/N sum_i log p_{y_i}(i)  +  sum_{S in P} 1/N sum_{i: y_i not in S} log q_{S, rest}(i)
+
+Only the second sum depends on the partition: how much each network claims of the inputs of others.
+Classes that the base confuses cost nothing where one network has both. Apart, either network sees
+the other class as rest; the flatter the logits, the oftener the rest outweighs both and nobody
+knows. A log-likelihood tells candidates apart that an accuracy on a few hundred inputs ties.
+
+Edge^nAI's own estimate gathers each PNN's probability of its class instead. That compares all
+classes across networks, those of one SNN too, and mixes in what pruning for one class happened to
+do; `benchmarks.snn ranking` measures both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent.protocol.errors import DataError
-from agent.protocol.scores import Answers, normalized_entropy, softmax
 
 ClassSet = tuple[int, ...]
 """Class indices of one SNN, ascending."""
+LEAST_FLATTENING = 0.05
+"""Networks that kept less of the base's logits than this say nothing of how candidates differ."""
 
 
-class Outcomes(str, Enum):
-    """Over which outcomes a normalized entropy is taken.
+def flattening(base: NDArray[np.float32], pruned: Iterable[NDArray[np.float32]]) -> float:
+    """How much of the base's logits is left in pruned networks: alpha, 1 = all.
 
-    `own`: the classes of S only, as the paper writes it. Real SNNs: a softmax over S. Estimates:
-    the x_c as they are (they do not sum to 1; what is missing to 1 is ignored), divided by log|S|.
-    `own_renormalised`: the same, with the x_c scaled to sum to 1: what a softmax over S does.
-    `rest`: S and one outcome for all foreign classes together, divided by log(|S| + 1); don't know
-    where the rest outweighs every own class.
-    """
-
-    OWN = "own"
-    OWN_RENORMALISED = "own_renormalised"
-    REST = "rest"
-
-
-def own_class_probabilities(pnn_logits: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """The table that every estimate reads: what PNN_c gives class c.
+    alpha = sum_k sum_i <z'_i, z'_ki> / sum_k sum_i <z'_i, z'_i>, z' centred over the classes: the
+    least-squares fit of the pruned networks' logits z_k by those of the base z.
 
     Args:
-        pnn_logits: C arrays (N, C), the c-th from the PNN of class c, all logits of the base kept.
+        base: (N, C) float32 logits.
+        pruned: (N, C) float32 of each pruned network for the same inputs.
 
     Returns:
-        (C, N) float32, from a softmax over all C logits.
+        alpha, at least LEAST_FLATTENING.
 
     Raises:
-        DataError: not C arrays of one shape (N, C).
+        DataError: no network, other shapes, or a base that says the same of every class.
     """
-    rows, shapes = [], []
-    for index, logits in enumerate(pnn_logits):
-        shapes.append(logits.shape)
-        if logits.ndim == 2 and index < logits.shape[1]:
-            rows.append(softmax(logits)[:, index])
-    if not rows or len(set(shapes)) != 1 or shapes[0][1:] != (len(shapes),):
-        raise DataError(f"expected C logit arrays (N, C), one a class, got shapes {shapes}")
-    return np.stack(rows)
+    centred = _centred(base)
+    every = [_centred(logits) for logits in pruned]
+    power = float((centred**2).sum())
+    if not every or {x.shape for x in every} != {centred.shape} or not power > 0:
+        raise DataError(
+            f"expected pruned networks' logits {centred.shape}, got {[x.shape for x in every]}"
+        )
+    kept = sum(float((centred * x).sum()) for x in every) / (len(every) * power)
+    return max(kept, LEAST_FLATTENING)
 
 
-class EntropyEstimator:
-    """Estimates the answers of an SNN for any class set; remembers those it has made.
+def _centred(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = np.asarray(logits, np.float64)
+    centred: NDArray[np.float64] = values - values.mean(axis=-1, keepdims=True)
+    return centred
+
+
+class OutcomeEstimator:
+    """Estimates E(P) of any partition; remembers each class set.
 
     Args:
-        probabilities: (C, N) float32 from `own_class_probabilities`.
-        outcomes: Over which outcomes the entropy is taken.
+        logits: (N, C) float32 of the unpruned base.
+        labels: (N,) int64 true classes.
+        alpha: Of `flattening`.
 
     Raises:
-        DataError: probabilities outside [0, 1] or NaN, or not a table.
+        DataError: logits that are no table or not finite, labels that do not fit them, or an alpha
+            that is not positive.
     """
 
     def __init__(
-        self, probabilities: NDArray[np.float32], outcomes: Outcomes = Outcomes.REST
+        self, logits: NDArray[np.float32], labels: NDArray[np.int64], alpha: float
     ) -> None:
-        table = np.asarray(probabilities, np.float32)
-        if table.ndim != 2 or not ((table >= 0) & (table <= 1)).all():
-            raise DataError(f"expected probabilities (C, N) in [0, 1], got shape {table.shape}")
-        self._table = table
-        self._outcomes = outcomes
-        self._known: dict[ClassSet, Answers] = {}
+        values = np.asarray(logits, np.float64)
+        if values.ndim != 2 or not len(values) or not np.isfinite(values).all():
+            raise DataError(f"expected finite logits (N, C), got shape {values.shape}")
+        if labels.shape != values.shape[:1] or not np.isin(labels, range(values.shape[1])).all():
+            raise DataError(
+                f"labels {labels.shape} do not fit logits {values.shape}, or are no class of them"
+            )
+        if not alpha > 0:
+            raise DataError(f"alpha must be positive, is {alpha}")
+        scaled = np.exp(alpha * (values - values.max(axis=1, keepdims=True)))
+        self._p: NDArray[np.float64] = scaled / scaled.sum(axis=1, keepdims=True)
+        self._labels = labels
+        truth = self._p[np.arange(len(labels)), labels]
+        self._right = float(np.log(np.maximum(truth, np.finfo(float).tiny)).mean())
+        self._foreign: dict[ClassSet, float] = {}
 
-    @property
-    def classes(self) -> int:
-        """Number of classes C."""
-        return len(self._table)
-
-    def answers(self, classes: Sequence[int]) -> Answers:
-        """The estimated answers of the SNN for these classes, before any threshold.
+    def score(self, partition: Sequence[ClassSet]) -> float:
+        """E(P), nats per input; larger is better, at most 0.
 
         Args:
-            classes: Distinct indices below C, at least one.
-
-        Returns:
-            Answers for the N images. Under `own`, a single class has entropy 0 everywhere, as its
-            SNN would: an entropy over one outcome says nothing.
+            partition: Ascending class sets, each class in one of them.
         """
-        subset = tuple(sorted(classes))
-        if subset not in self._known:
-            self._known[subset] = self._estimate(subset)
-        return self._known[subset]
+        return self._right + sum(self._foreign_part(subset) for subset in partition)
 
-    def _estimate(self, subset: ClassSet) -> Answers:
-        x = self._table[list(subset)]
-        best = x.argmax(axis=0)
-        confidences = x.max(axis=0)
-        known = np.ones(x.shape[1], bool)
-        if self._outcomes is Outcomes.REST:
-            rest = np.clip(1 - x.sum(axis=0, dtype=np.float32), 0, 1)
-            q = np.concatenate([x, rest[None]])
-            q = (q / np.maximum(q.sum(axis=0), np.float32(1e-30))).T
-            entropies = normalized_entropy(q)
-            known = rest <= confidences
-            confidences = q[np.arange(len(q)), best]
-        elif len(subset) == 1:
-            entropies = np.zeros(x.shape[1], np.float32)
-        elif self._outcomes is Outcomes.OWN_RENORMALISED:
-            total = x.sum(axis=0)
-            q = np.where(total > 0, x / np.where(total > 0, total, 1), 1 / len(subset)).T
-            entropies = normalized_entropy(q)
-            confidences = q[np.arange(len(q)), best]
-        else:
-            logs = np.log(np.where(x > 0, x, np.float32(1)))
-            entropies = np.clip(-(x * logs).sum(axis=0) / np.log(len(subset)), 0, 1)
-        return Answers(
-            classes=np.asarray(subset, np.int64)[best],
-            entropies=np.where(known, entropies, np.float32(1)).astype(np.float32),
-            confidences=confidences.astype(np.float32),
-            known=known,
-        )
+    def _foreign_part(self, subset: ClassSet) -> float:
+        """1/N sum over the inputs of other classes of the log of the rest's probability."""
+        if subset not in self._foreign:
+            foreign = ~np.isin(self._labels, subset)
+            others = np.setdiff1d(np.arange(self._p.shape[1]), subset)
+            rest = self._p[np.ix_(foreign, others)].sum(axis=1)
+            logs = np.log(np.maximum(rest, np.finfo(float).tiny))
+            self._foreign[subset] = float(logs.sum() / len(self._labels))
+        return self._foreign[subset]

@@ -29,11 +29,11 @@ def search_section(found: PartitionSearch, data: DataSet) -> dict[str, Any]:
             f"{how} {found.possible:,} partitions estimated, {len(found.evaluated)} pruned and "
             "evaluated for real, on the threshold set, before quantization."
         ),
-        "head": ["partition", "estimated accuracy", "real accuracy"],
+        "head": ["partition", "estimate (log-likelihood)", "real accuracy"],
         "rows": [
             [
                 " | ".join(class_labels(classes, data) for classes in candidate.partition),
-                f"{candidate.estimated * 100:.2f} %",
+                f"{candidate.estimated:.4f}",
                 f"{(candidate.real or 0) * 100:.2f} %",
             ]
             for candidate in found.evaluated[:10]
