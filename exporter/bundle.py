@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ class ExportedPiece:
     Attributes:
         tflite: The file's bytes.
         arena_bytes: Measured TFLite-Micro arena, None where it cannot run there.
+        output: Name of its logits, scores or features; None: its first output.
+        features: Name of the output that is its features beside these, None if it has none.
+        levels: The two real values of features that are bits.
+        files: Other forms of the piece, by file name.
     """
 
     name: str
@@ -52,6 +56,10 @@ class ExportedPiece:
     message_bytes: int
     arena_bytes: int | None
     verification: Verification
+    output: str | None = None
+    features: str | None = None
+    levels: tuple[float, float] | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def check_target(target: Path) -> None:
@@ -165,13 +173,21 @@ def _write_piece(folder: Path, piece: ExportedPiece) -> PieceEntry:
         for name, text in tflm_source(piece.tflite, piece.name).items():
             (source / name).write_text(text, encoding="utf-8")
             files.append(artifact(folder, source / name))
+    for name, content in sorted(piece.files.items()):
+        (home / name).write_bytes(content)
+        files.append(artifact(folder, home / name))
     info = tensors(piece.tflite)
+    outputs = {detail.name: detail for detail in info.outputs}
+    features = None
+    if piece.features is not None:
+        features = _tensor_spec(outputs[piece.features], piece.levels)
     return PieceEntry(
         name=piece.name,
         model=artifact(folder, model),
         files=tuple(files),
         input=_tensor_spec(info.inputs[0]),
-        output=_tensor_spec(info.outputs[0]),
+        output=_tensor_spec(outputs[piece.output or info.outputs[0].name]),
+        features=features,
         operators=operators(piece.tflite),
         estimated=Estimate(
             parameters=piece.cost.parameters,
@@ -196,9 +212,17 @@ def _write_piece(folder: Path, piece: ExportedPiece) -> PieceEntry:
     )
 
 
-def _tensor_spec(detail: TensorDetail) -> TensorSpec:
+def _tensor_spec(detail: TensorDetail, levels: tuple[float, float] | None = None) -> TensorSpec:
     scale = {} if detail.scale is None else {"scale": float(detail.scale)}
     zero_point = {} if detail.zero_point is None else {"zero_point": int(detail.zero_point)}
     return TensorSpec.model_validate(
-        {"name": detail.name, "shape": detail.shape, "dtype": detail.dtype, **scale, **zero_point}
+        {
+            "name": detail.name,
+            "shape": detail.shape,
+            "dtype": detail.dtype,
+            "index": detail.index,
+            "levels": levels,
+            **scale,
+            **zero_point,
+        }
     )

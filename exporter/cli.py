@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-METHOD_NAMES = ("snn",)
+METHOD_NAMES = ("snn", "ddnn")
 
 
 def _inputs(command: F) -> F:
     """The arguments and options that planning and exporting share."""
     options = [
-        click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.keras"),
+        click.argument(
+            "model", required=False, type=click.Path(path_type=Path), metavar="[MODEL.keras]"
+        ),
         click.option("--data", required=True, metavar="NPZ|FOLDER|NAME", help=_DATA_HELP),
         click.option(
             "--fleet",
@@ -113,22 +115,106 @@ def _inputs(command: F) -> F:
     return command
 
 
+def _ddnn_inputs(command: F) -> F:
+    """The options of `--method ddnn` alone."""
+    fusions = click.Choice(["max", "mean", "concat"])
+    options = [
+        click.option(
+            "--filters",
+            "ddnn_filters",
+            multiple=True,
+            type=click.IntRange(1),
+            help="ddnn: filters of a device's ConvP block; repeat for more blocks. Default: 4.",
+        ),
+        click.option(
+            "--raw", is_flag=True, help="ddnn: devices send their frames, the cloud does it all."
+        ),
+        click.option(
+            "--score-fusion",
+            default="max",
+            show_default=True,
+            type=fusions,
+            help="ddnn: how devices' scores are joined.",
+        ),
+        click.option(
+            "--feature-fusion",
+            default="concat",
+            show_default=True,
+            type=fusions,
+            help="ddnn: how devices' features are joined.",
+        ),
+        click.option(
+            "--cloud",
+            default="float",
+            show_default=True,
+            type=click.Choice(["float", "binary"]),
+            help="ddnn: what the cloud's blocks calculate with before quantization.",
+        ),
+        click.option(
+            "--loss",
+            default="authors",
+            show_default=True,
+            type=click.Choice(["authors", "paper"]),
+            help="ddnn: train every device's own exit too, or fused exits alone.",
+        ),
+        click.option("--epochs", default=100, show_default=True, type=click.IntRange(1)),
+        click.option(
+            "--device-dropout",
+            default=0.2,
+            show_default=True,
+            type=click.FloatRange(0, 1, max_open=True),
+            help="ddnn: chance that training does without a device, so that a loss is nothing new.",
+        ),
+        click.option(
+            "--exits",
+            default="accuracy",
+            show_default=True,
+            type=click.Choice(["accuracy", "bytes", "latency"]),
+            help="ddnn: what exit thresholds are chosen for; the latter two lose at most half a "
+            "point of the best accuracy.",
+        ),
+        click.option(
+            "--max-bytes",
+            type=click.FloatRange(0),
+            help="ddnn: the most that one device may send per sample on average.",
+        ),
+        click.option(
+            "--max-latency",
+            type=click.FloatRange(0),
+            metavar="MS",
+            help="ddnn: the longest mean time on the links, estimated.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 _DATA_HELP = (
-    "An .npz (x_train, y_train, x_val, y_val, x_test, y_test, or x and y), a folder of images per "
-    "class, or digits, mnist, fashion_mnist, cifar10, cifar100."
+    "An .npz (x_train, y_train, x_val, y_val, x_test, y_test, or x and y; FILE.npz#NAME takes the "
+    "index NAME that the file has of itself), a folder of images per class, or digits, mnist, "
+    "fashion_mnist, cifar10, cifar100."
 )
 
 
 @click.command()
 @_inputs
-def plan(model: Path, data: str, fleet: Path, method: str, as_json: bool, **chosen: Any) -> None:
+@_ddnn_inputs
+def plan(
+    model: Path | None, data: str, fleet: Path, method: str, as_json: bool, **chosen: Any
+) -> None:
     """Show who would get which piece, and what it costs, without writing anything."""
     from agent.protocol.units import format_bytes
     from exporter import pipeline
 
     with _progress() as progress:
         design, costs, loaded = pipeline.plan(
-            model, data, fleet, method=method, options=_options(chosen), progress=progress
+            model,
+            data,
+            fleet,
+            method=method,
+            options=_method_options(method, chosen),
+            progress=progress,
         )
     rows = []
     for piece in design.pieces:
@@ -173,6 +259,7 @@ def plan(model: Path, data: str, fleet: Path, method: str, as_json: bool, **chos
 
 @click.command()
 @_inputs
+@_ddnn_inputs
 @click.option(
     "-o",
     "--out",
@@ -189,7 +276,7 @@ def plan(model: Path, data: str, fleet: Path, method: str, as_json: bool, **chos
     "they are as near to the float model. The manifest and the report say which.",
 )
 def export(
-    model: Path,
+    model: Path | None,
     data: str,
     fleet: Path,
     method: str,
@@ -199,7 +286,10 @@ def export(
     as_json: bool,
     **chosen: Any,
 ) -> None:
-    """Spread MODEL.keras over the fleet, and write everything its devices need into a bundle."""
+    """Spread one inference over the fleet: write all that its devices need into a bundle.
+
+    MODEL.keras is the trained network; --method ddnn trains its own and takes none.
+    """
     from agent.protocol.fleet import load_fleet
     from agent.protocol.units import format_bytes
     from exporter import pipeline
@@ -212,7 +302,7 @@ def export(
             fleet,
             out,
             method=method,
-            options=_options(chosen),
+            options=_method_options(method, chosen),
             dtype="float32" if as_float else "int8",
             allow_drift=allow_drift,
             progress=progress,
@@ -357,6 +447,36 @@ def ddnn(
         return
     for name, value in result.items():
         click.echo(f"{name.replace('_', ' ')}: {value:.1f} B (estimated)")
+
+
+def _method_options(method: str, chosen: dict[str, Any]) -> Any:
+    return _ddnn_options(chosen) if method == "ddnn" else _options(chosen)
+
+
+def _ddnn_options(chosen: dict[str, Any]) -> Any:
+    from agent.protocol.plan import Fusion
+    from exporter.methods.ddnn.exits import Bounds, Goal
+    from exporter.methods.ddnn.options import DdnnOptions
+    from exporter.methods.ddnn.train import AUTHORS_WEIGHTS, PAPER_WEIGHTS, TrainOptions
+
+    return DdnnOptions(
+        filters=() if chosen["raw"] else chosen["ddnn_filters"] or (4,),
+        score_fusion=Fusion(chosen["score_fusion"]),
+        feature_fusion=Fusion(chosen["feature_fusion"]),
+        cloud=chosen["cloud"],
+        training=TrainOptions(
+            epochs=chosen["epochs"],
+            weights=PAPER_WEIGHTS if chosen["loss"] == "paper" else AUTHORS_WEIGHTS,
+            device_dropout=chosen["device_dropout"],
+            seed=chosen["seed"],
+        ),
+        exits=Bounds(
+            goal=Goal(chosen["exits"]),
+            max_bytes=chosen["max_bytes"],
+            max_latency_ms=chosen["max_latency"],
+        ),
+        seed=chosen["seed"],
+    )
 
 
 def _options(chosen: dict[str, Any]) -> Any:

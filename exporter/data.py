@@ -29,7 +29,10 @@ _LABELS = {
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Frames as the sensor gives them, (N, ...) uint8 or float32, and labels (N,) int64."""
+    """Frames as the sensor gives them, (N, ...) uint8 or float32, and labels (N,) int64.
+
+    With several views of each sample, frames are (N, views, ...).
+    """
 
     frames: NDArray[Any]
     labels: NDArray[np.int64]
@@ -52,6 +55,7 @@ class DataSet:
         train: What the base was (or may be) trained on; profiles and distillation use it.
         held_out: New to the base: calibration, thresholds and fusion are fitted on it.
         test: Never looked at before the final figures.
+        views: How many frames one sample has, each of another sensor; None: one, without an axis.
     """
 
     name: str
@@ -60,6 +64,7 @@ class DataSet:
     train: Split
     held_out: Split
     test: Split
+    views: int | None = None
 
     def inputs(self, frames: NDArray[Any]) -> NDArray[np.float32]:
         """Model inputs of raw frames: frame * scale + offset, (N, ...) float32."""
@@ -83,7 +88,10 @@ def load_data(source: str, *, image_shape: Sequence[int] | None = None, seed: in
     Args:
         source: One of NAMES; an .npz with x_train, y_train and, if there, x_val, y_val (data that
             the model has not seen), x_test, y_test, classes, or just x and y; or a folder with one
-            folder of images a class (or such folders below train/, val/ and test/).
+            folder of images a class (or such folders below train/, val/ and test/). Frames of five
+            axes are views of a sample, (N, views, H, W, C). An .npz may hold all samples in x and
+            their labels in y (or label), and say in idx_NAME_train and idx_NAME_test which are for
+            what; FILE.npz#NAME then chooses, without it the last that the file names.
         image_shape: (height, width, channels) that images of a folder are brought to.
         seed: Of the stratified splits that are made where a part is not given.
 
@@ -91,11 +99,12 @@ def load_data(source: str, *, image_shape: Sequence[int] | None = None, seed: in
         DataError: lists all that is wrong with shapes, dtypes, labels or values, or says what a
             source may be.
     """
-    path = Path(source)
+    name, _, split = source.partition(".npz#")
+    path = Path(f"{name}.npz" if split else source)
     if source in NAMES:
         arrays = _named(source)
     elif path.suffix == ".npz":
-        arrays = _read_npz(path)
+        arrays = _by_index(path, _read_npz(path), split)
     elif path.is_dir():
         arrays = _read_folder(path, image_shape)
     else:
@@ -152,6 +161,40 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     if wrong:
         raise DataError(f"{path}: no arrays: {', '.join(sorted(wrong))}", hint)
     return arrays
+
+
+def _by_index(path: Path, arrays: dict[str, NDArray[Any]], split: str) -> dict[str, NDArray[Any]]:
+    """Apply a file's own index of training and test samples, where it has one.
+
+    Raises:
+        DataError: there is no index of this name, or it points outside the samples.
+    """
+    found = {
+        key.removesuffix("_train").removeprefix("idx").strip("_"): (key, f"{key[:-6]}_test")
+        for key in arrays
+        if key.startswith("idx") and key.endswith("_train") and f"{key[:-6]}_test" in arrays
+    }
+    if split and split not in found:
+        names = ", ".join(found) or "none"
+        raise DataError(f"{path}: has no index {split!r}; there are: {names}")
+    x, y = arrays.get("x", arrays.get("X")), arrays.get("label", arrays.get("y"))
+    if not found or x is None or y is None:
+        return arrays
+    chosen = split or list(found)[-1]
+    parts = {part: arrays[key] for part, key in zip(("train", "test"), found[chosen], strict=True)}
+    wrong = [
+        f"{path}: the {part} index {chosen!r} must be whole numbers below {len(x)}"
+        for part, index in parts.items()
+        if index.ndim != 1
+        or index.dtype.kind not in "iu"
+        or not ((index >= 0) & (index < len(x))).all()
+    ]
+    if wrong or len(x) != len(y):
+        lengths = [f"{path}: {len(x)} samples, {len(y)} labels"] if len(x) != len(y) else []
+        raise DataError("\n".join([*wrong, *lengths]))
+    indexed = {f"x_{part}": x[index] for part, index in parts.items()}
+    indexed |= {f"y_{part}": y[index] for part, index in parts.items()}
+    return indexed | {key: arrays[key] for key in ("classes",) if key in arrays}
 
 
 def _read_folder(folder: Path, shape: Sequence[int] | None) -> dict[str, NDArray[Any]]:
@@ -274,13 +317,14 @@ def _assemble(
     if held_out is None:
         train, held_out = _cut(source, train, HELD_OUT_SHARE, seed + 1)
     frames = train.frames
+    views = frames.shape[1] if frames.ndim == 5 else None
     frame = FrameSpec(
-        shape=frames.shape[1:],
+        shape=frames.shape[1:] if views is None else frames.shape[2:],
         dtype="uint8" if frames.dtype == np.uint8 else "float32",
         scale=(1 / 255,) if frames.dtype == np.uint8 else (1.0,),
         offset=(0.0,),
     )
-    return DataSet(Path(source).stem, labels, frame, train, held_out, test)
+    return DataSet(Path(source).stem, labels, frame, train, held_out, test, views)
 
 
 def _cut(source: str, split: Split, share: float, seed: int) -> tuple[Split, Split]:

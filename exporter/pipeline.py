@@ -6,6 +6,7 @@ import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,15 @@ from exporter.bundle import ExportedPiece, check_target, fresh_folder, write_bun
 from exporter.cost import Basis, Numbers, PieceCost, check_budgets, piece_cost, refuse
 from exporter.data import DataSet, load_data
 from exporter.graph import layer_graph
-from exporter.methods.face import Design, Method, Progress, RunPiece, TrainedPiece
+from exporter.methods.ddnn.method import DDNNMethod
+from exporter.methods.face import (
+    Design,
+    Method,
+    Progress,
+    RunPiece,
+    TrainedPiece,
+    WrittenPiece,
+)
 from exporter.methods.snn.method import SNN
 from exporter.quantize import (
     MINIMUM_SAMPLES,
@@ -37,7 +46,9 @@ from exporter.surgery import without_softmax
 if TYPE_CHECKING:
     import keras
 
-METHODS: Mapping[str, Method] = {"snn": SNN()}
+METHODS: Mapping[str, Method] = {"snn": SNN(), "ddnn": DDNNMethod()}
+OWN_NETWORK = frozenset({"ddnn"})
+"""Methods that train a network of their own: they take no model."""
 
 VERIFIED_RUNTIMES = {
     Runtime.LITERT: "litert",
@@ -52,7 +63,7 @@ CALIBRATION_RUNTIMES = {**VERIFIED_RUNTIMES, Runtime.TFLITE_MICRO: REFERENCE}
 
 
 def export(
-    model_path: Path,
+    model_path: Path | None,
     data_source: str,
     fleet_path: Path,
     out: Path,
@@ -66,7 +77,7 @@ def export(
     """Make a bundle.
 
     Args:
-        model_path: A trained .keras file.
+        model_path: A trained .keras file; None for a method of OWN_NETWORK.
         data_source: As `load_data` takes it.
         fleet_path: The fleet file.
         out: The bundle's folder; an earlier bundle there is replaced once this one is complete.
@@ -82,7 +93,7 @@ def export(
             does not compute what it should. Nothing is written then.
     """
     check_target(out)
-    base, data, fleet = load(model_path, data_source, fleet_path)
+    base, data, fleet = load(model_path, data_source, fleet_path, method)
     fleet_text = Path(fleet_path).read_text(encoding="utf-8")
     design = METHODS[method].design(base, data, fleet, options, progress)
     refuse(check_budgets(_costs(design.pieces, Numbers(dtype)), fleet))
@@ -92,14 +103,14 @@ def export(
     progress("calibrate", 1, 1)
     exported += quantize(settled.pieces, data, fleet, dtype, progress, allow_drift=allow_drift)
     refuse(check_budgets(_by_device(exported), fleet))
-    base_figures = measure_base(base, data, dtype)
+    base_figures = {} if base is None else measure_base(base, data, dtype)
     with fresh_folder(out) as folder:
         return write_bundle(
             folder,
             fleet=fleet,
             fleet_text=fleet_text,
             plan=settled.plan,
-            frame=data.frame,
+            frame=design.frame or data.frame,
             pieces=exported,
             figures={**base_figures, **design.figures, **settled.figures},
             report={**design.report, **settled.report},
@@ -107,7 +118,7 @@ def export(
 
 
 def plan(
-    model_path: Path,
+    model_path: Path | None,
     data_source: str,
     fleet_path: Path,
     *,
@@ -120,7 +131,7 @@ def plan(
     Raises:
         ShoalError: as `export`.
     """
-    base, data, fleet = load(model_path, data_source, fleet_path)
+    base, data, fleet = load(model_path, data_source, fleet_path, method)
     design = METHODS[method].design(base, data, fleet, options, progress)
     costs = _costs(design.pieces, Numbers.INT8)
     refuse(check_budgets(costs, fleet))
@@ -128,9 +139,12 @@ def plan(
 
 
 def load(
-    model_path: Path, data_source: str, fleet_path: Path
-) -> tuple[keras.Model, DataSet, Fleet]:
-    """Read the three inputs and check that they belong together.
+    model_path: Path | None, data_source: str, fleet_path: Path, method: str = "snn"
+) -> tuple[Any, DataSet, Fleet]:
+    """Read the inputs and check that they belong together.
+
+    Returns:
+        The model (None for a method of OWN_NETWORK), the data and the fleet.
 
     Raises:
         ShoalError: everything that is wrong with them, all at once.
@@ -138,9 +152,10 @@ def load(
     findings: list[str] = []
     hints: list[str] = []
     loaded: list[Any] = []
-    for read, source in ((load_fleet, fleet_path), (load_model, model_path)):
+    readers = (partial(load_fleet, fleet_path), partial(_model_of, method, model_path))
+    for read in readers:
         try:
-            loaded.append(read(source))
+            loaded.append(read())
         except ShoalError as error:
             findings.append(error.message)
             hints.append(error.hint or "")
@@ -151,6 +166,11 @@ def load(
     try:
         data = load_data(data_source, image_shape=image_shape)
         _check_enough(data)
+        if data.views is not None and method not in OWN_NETWORK:
+            raise DataError(
+                f"{data_source}: holds {data.views} views of each sample, {method} takes one",
+                "use --method ddnn, or give one view",
+            )
         if base is not None:
             data = _matched(base, data)
     except ShoalError as error:
@@ -159,6 +179,26 @@ def load(
     if findings:
         raise DataError("\n".join(findings), "; ".join(filter(None, hints)) or None)
     return base, data, fleet
+
+
+def _model_of(method: str, path: Path | None) -> Any:
+    """The base model, None where the method trains its own.
+
+    Raises:
+        DataError: a model is missing, or is there and would not be used; or as `load_model`.
+    """
+    if method in OWN_NETWORK:
+        if path is not None:
+            raise DataError(
+                f"{path}: {method} trains a network of its own and would not use this model",
+                "leave the model out",
+            )
+        return None
+    if path is None:
+        raise DataError(
+            f"{method} spreads a trained model, but none is given", "name a .keras file"
+        )
+    return load_model(path)
 
 
 _HOW_TO_SAVE = "save the model with model.save('NAME.keras') from Keras 3"
@@ -289,10 +329,15 @@ def _accuracy(model: keras.Model, inputs: NDArray[np.float32], labels: NDArray[n
     return float(np.mean(logits.argmax(1) == labels))
 
 
-def _costs(pieces: Sequence[TrainedPiece], numbers: Numbers) -> dict[str, list[PieceCost]]:
+def _costs(
+    pieces: Sequence[TrainedPiece | WrittenPiece], numbers: Numbers
+) -> dict[str, list[PieceCost]]:
     costs: dict[str, list[PieceCost]] = {}
     for piece in pieces:
-        cost = piece_cost(layer_graph(piece.model), numbers, name=piece.name)
+        if isinstance(piece, WrittenPiece):
+            cost = piece.cost
+        else:
+            cost = piece_cost(layer_graph(piece.model), numbers, name=piece.name)
         costs.setdefault(piece.device, []).append(cost)
     return costs
 
@@ -305,7 +350,7 @@ def _by_device(pieces: Sequence[ExportedPiece]) -> dict[str, list[PieceCost]]:
 
 
 def quantize(
-    pieces: Sequence[TrainedPiece],
+    pieces: Sequence[TrainedPiece | WrittenPiece],
     data: DataSet,
     fleet: Fleet,
     dtype: Literal["int8", "float32"],
@@ -323,6 +368,9 @@ def quantize(
         progress("quantize", done, len(pieces))
         device = fleet.device(piece.device)
         try:
+            if isinstance(piece, WrittenPiece):
+                exported.append(_check_written(piece, device))
+                continue
             count = DRIFT_SAMPLES if allow_drift else MINIMUM_SAMPLES
             samples = verification_samples(piece, data, count)
             exported.append(_quantize_one(piece, samples, device, dtype, allow_drift))
@@ -389,16 +437,7 @@ def _quantize_one(
         tflite, samples, runtimes=(VERIFIED_RUNTIMES[device.runtime],), expected=expected
     )
     cost = piece_cost(layer_graph(piece.model), Numbers(dtype), name=piece.name)
-    arena = None
-    if device.runtime is Runtime.TFLITE_MICRO:
-        arena = arena_bytes(tflite)
-        cost = replace(
-            cost,
-            weight_bytes=len(tflite),
-            container_bytes=0,
-            peak_activation_bytes=arena,
-            basis=Basis.MEASURED,
-        )
+    cost, arena = _measured(cost, tflite, device)
     return ExportedPiece(
         name=piece.name,
         device=device,
@@ -410,20 +449,69 @@ def _quantize_one(
     )
 
 
+def _measured(cost: PieceCost, tflite: bytes, device: Device) -> tuple[PieceCost, int | None]:
+    """A piece's cost, measured where its device is a microcontroller, and then its arena."""
+    if device.runtime is not Runtime.TFLITE_MICRO:
+        return cost, None
+    arena = arena_bytes(tflite)
+    measured = replace(
+        cost,
+        weight_bytes=len(tflite),
+        container_bytes=0,
+        peak_activation_bytes=arena,
+        basis=Basis.MEASURED,
+    )
+    return measured, arena
+
+
+def _check_written(piece: WrittenPiece, device: Device) -> ExportedPiece:
+    """Verify a piece that claims to be the same on every kernel: not one step may differ."""
+    samples = piece.samples
+    if len(samples) < MINIMUM_SAMPLES:  # seldom seen: some inputs twice rather than too few
+        samples = np.resize(samples, (MINIMUM_SAMPLES, *samples.shape[1:]))
+    verification = verify(
+        piece.tflite,
+        samples,
+        runtimes=(VERIFIED_RUNTIMES[device.runtime],),
+        score_outputs=(piece.output,),
+        max_lsb=0,
+    )
+    cost, arena = _measured(piece.cost, piece.tflite, device)
+    return ExportedPiece(
+        name=piece.name,
+        device=device,
+        tflite=piece.tflite,
+        cost=cost,
+        message_bytes=piece.message_bytes,
+        arena_bytes=arena,
+        verification=verification,
+        output=piece.output,
+        features=piece.features,
+        levels=piece.levels,
+        files=piece.files,
+    )
+
+
 def runner(pieces: Sequence[ExportedPiece]) -> RunPiece:
     """What runs the quantized pieces here, with the kernels that calibration uses."""
     by_name = {piece.name: piece for piece in pieces}
 
-    def run(name: str, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        piece = by_name[name]
-        return real_outputs(piece.tflite, inputs, CALIBRATION_RUNTIMES[piece.device.runtime])
+    def run(
+        piece: str, inputs: NDArray[np.float32], output: str | None = None
+    ) -> NDArray[np.float32]:
+        exported = by_name[piece]
+        kernels = CALIBRATION_RUNTIMES[exported.device.runtime]
+        return real_outputs(exported.tflite, inputs, kernels, output or exported.output)
 
     return run
 
 
-def real_outputs(tflite: bytes, inputs: NDArray[np.float32], runtime: str) -> NDArray[np.float32]:
-    """Outputs (N, K) float32 of a piece's first output, dequantized, on one runtime."""
-    detail = tensors(tflite).outputs[0]
+def real_outputs(
+    tflite: bytes, inputs: NDArray[np.float32], runtime: str, output: str | None = None
+) -> NDArray[np.float32]:
+    """Real values (N, ...) float32 of a piece's output on one runtime: the first, or that named."""
+    outputs = tensors(tflite).outputs
+    detail = next(x for x in outputs if output in (None, x.name))
     return detail.dequantize(infer(tflite, inputs, runtime)[detail.name])
 
 

@@ -35,7 +35,7 @@ def network(seed: int = 0, **shape: object) -> DDNN:
     defaults = {
         "frame": (12, 12, 1),
         "classes": 10,
-        "devices": tuple(f"cam-{i}" for i in range(4)),
+        "devices": 4,
         "cloud_filters": (8,),
     }
     return DDNN(Architecture(**(defaults | shape)))

@@ -64,7 +64,7 @@ def test_contradictions_of_an_architecture_are_all_named() -> None:
         Architecture(
             frame=(8, 8, 1),
             classes=1,
-            devices=("a", "b"),
+            devices=2,
             groups=((0,), (0,)),
             filters=(),
             score_fusion=Fusion.MIN_ENTROPY,

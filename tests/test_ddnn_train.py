@@ -8,9 +8,8 @@ import tensorflow as tf
 
 from agent.protocol.errors import DataError
 from agent.protocol.plan import Fusion
-from exporter.methods.ddnn.evaluate import exit_scores, listen
+from exporter.methods.ddnn.evaluate import keras_parts
 from exporter.methods.ddnn.train import (
-    PAPER_WEIGHTS,
     Augmentation,
     ExitWeights,
     TrainOptions,
@@ -29,8 +28,8 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 def accuracies(net, votes=None) -> dict[str, float]:
-    said = listen(net, VIEWS[TEST], PRESENT[TEST])
-    scores = exit_scores(net, said, votes)
+    parts = keras_parts(net)
+    scores = parts.exits(parts.listen(VIEWS[TEST], PRESENT[TEST]), votes)
     return {name: float((s.argmax(1) == LABELS[TEST]).mean()) for name, s in scores.items()}
 
 
@@ -39,10 +38,11 @@ def taught(net, **chosen) -> tuple[float, ...]:
     return train(net, VIEWS[TRAIN], PRESENT[TRAIN], LABELS[TRAIN], options, quiet)
 
 
-@pytest.mark.parametrize("scores", [Fusion.MAX, Fusion.MEAN, Fusion.CONCAT])
-def test_every_exit_of_every_fusion_learns(scores: Fusion) -> None:
-    features = {Fusion.MAX: Fusion.CONCAT, Fusion.MEAN: Fusion.MAX, Fusion.CONCAT: Fusion.MEAN}
-    net = network(score_fusion=scores, feature_fusion=features[scores])
+@pytest.mark.parametrize(
+    ("scores", "features"), [(Fusion.MAX, Fusion.CONCAT), (Fusion.CONCAT, Fusion.MEAN)]
+)
+def test_every_exit_learns(scores: Fusion, features: Fusion) -> None:
+    net = network(score_fusion=scores, feature_fusion=features)
 
     losses = taught(net)
 
@@ -51,21 +51,18 @@ def test_every_exit_of_every_fusion_learns(scores: Fusion) -> None:
 
 
 def test_edges_learn_and_have_an_exit_of_their_own() -> None:
-    net = network(groups=((0, 1), (2, 3)), edge_filters=(8,), score_fusion=Fusion.CONCAT)
+    net = network(
+        groups=((0, 1), (2, 3)),
+        edge_filters=(8,),
+        score_fusion=Fusion.MEAN,
+        feature_fusion=Fusion.MAX,
+    )
 
     taught(net)
 
     reached = accuracies(net)
     assert list(reached) == ["local", "edge", "cloud"]
     assert min(reached.values()) > 0.5
-
-
-def test_binary_cloud_learns_too() -> None:
-    net = network(cloud="binary", cloud_stride=1)
-
-    taught(net)
-
-    assert accuracies(net)["cloud"] > 0.6
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
@@ -79,11 +76,12 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
 
 
-def test_master_weights_stay_within_one() -> None:
-    net = network(cloud="binary")
+def test_binary_cloud_learns_and_master_weights_stay_within_one() -> None:
+    net = network(cloud="binary", cloud_stride=1)
 
-    taught(net, epochs=1, rate=0.5)
+    taught(net, rate=0.05)
 
+    assert accuracies(net)["cloud"] > 0.5
     kernels = [
         np.asarray(x.kernel) for part in net.parts for x in part.layers if hasattr(x, "clip")
     ]
@@ -92,20 +90,18 @@ def test_master_weights_stay_within_one() -> None:
 
 
 def test_device_exits_train_only_where_the_authors_loss_asks() -> None:
-    """With concatenated scores and no vote, only its own exit teaches a device's scores."""
+    """Where the local exit does not count, only its own exit teaches a device's scores."""
 
     def moved(weights: ExitWeights) -> bool:
         net = network(score_fusion=Fusion.CONCAT)
-        kernel = net.devices[0].get_layer("cam-0_scores").kernel
+        kernel = net.devices[0].get_layer("device-0_scores").kernel
         before = np.asarray(kernel).copy()
-        options = TrainOptions(epochs=1, weights=weights, device_dropout=0.0)
-        present = PRESENT[TRAIN].copy()
-        train(net, VIEWS[TRAIN], present, LABELS[TRAIN], options, quiet)
+        options = TrainOptions(epochs=1, batch=100, weights=weights, device_dropout=0.0)
+        train(net, VIEWS[:100], PRESENT[:100], LABELS[:100], options, quiet)
         return bool((np.asarray(kernel) != before).any())
 
     assert moved(ExitWeights(device=1.0, local=0.0))
     assert not moved(ExitWeights(device=0.0, local=0.0))
-    assert moved(PAPER_WEIGHTS)
 
 
 def test_absent_views_change_nothing() -> None:
@@ -166,7 +162,8 @@ def test_exits_are_the_same_traced_and_evaluated() -> None:
 
     heard = tf.constant(votes & PRESENT[:30])
     traced = net.forward(x, tf.constant(PRESENT[:30]), heard, training=False)
-    evaluated = exit_scores(net, listen(net, VIEWS[:30], PRESENT[:30]), votes)
+    parts = keras_parts(net)
+    evaluated = parts.exits(parts.listen(VIEWS[:30], PRESENT[:30]), votes)
 
     for name, scores in evaluated.items():
         np.testing.assert_allclose(traced[name].numpy(), scores, rtol=1e-4, atol=1e-5)

@@ -1,8 +1,11 @@
-"""What a trained DDNN says: every device once, then any fusion of any subset of them."""
+"""What a DDNN says, whoever runs its parts: every device once, then any exit of any subset of them.
+
+The same assembly serves the trained Keras models and the exported pieces.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +14,12 @@ from numpy.typing import NDArray
 
 from agent.protocol.plan import Fusion
 
-from .network import DDNN, Floats, Votes, fuse
+from .network import CLOUD, DDNN, EDGE_EXIT, LOCAL, Architecture, Floats, Votes, fuse
 
 BATCH = 256
+
+RunPart = Callable[[str, Floats], tuple[Floats | None, Floats]]
+"""(part, inputs) -> its features, None where it has none, and its scores (N, C)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +28,7 @@ class Said:
 
     Attributes:
         scores: (N, D, C) float32.
-        features: (N, D, h, w, f) float32 of +-1.
+        features: (N, D, h, w, f) float32 of +-1, or raw frames less their centre.
         present: (N, D) bool.
     """
 
@@ -31,59 +37,111 @@ class Said:
     present: Votes
 
 
-def listen(network: DDNN, frames: NDArray[Any], present: Votes) -> Said:
-    """Run every device's block on the views that it sees.
+@dataclass(frozen=True, eq=False)
+class Assembled:
+    """The parts of a DDNN and how they are joined.
 
-    Args:
-        network: Trained.
-        frames: (N, D, H, W, C), 0..255.
-        present: (N, D) bool.
+    Attributes:
+        architecture: Of the network.
+        run: Runs one part, by its name in `network.DDNN.parts`.
     """
-    a = network.architecture
-    scores = np.zeros((*present.shape, a.classes), np.float32)
-    features = np.zeros((*present.shape, *a.feature_shape), np.float32)
-    for i, device in enumerate(network.devices):
-        seen = np.flatnonzero(present[:, i])
-        if len(seen):
-            x = frames[seen, i].astype(np.float32) - a.centre
-            bits, said = _run(device, x)
-            features[seen, i], scores[seen, i] = bits, said
-    return Said(scores, features, present)
+
+    architecture: Architecture
+    run: RunPart
+
+    def listen(self, frames: NDArray[Any], present: Votes) -> Said:
+        """Run every device's block on the views that it sees.
+
+        Args:
+            frames: (N, D, H, W, C), 0..255.
+            present: (N, D) bool.
+        """
+        a = self.architecture
+        said = _nothing(a, present, a.feature_shape)
+        if a.raw:
+            said.features[present] = frames[present].astype(np.float32) - a.centre
+        for i, name in enumerate(a.device_parts):
+            seen = np.flatnonzero(present[:, i])
+            self._tell(said, i, seen, name, frames[seen, i].astype(np.float32) - a.centre)
+        return said
+
+    def exits(self, said: Said, votes: Votes | None = None) -> dict[str, Floats]:
+        """Scores (N, C) of every exit, lowest first, when only some devices are heard.
+
+        Args:
+            said: What the devices say.
+            votes: (N, D) bool, who is heard; all that see something by default.
+        """
+        a = self.architecture
+        heard = said.present if votes is None else votes & said.present
+        exits = {} if a.raw else {"local": self._joined(said.scores, heard, LOCAL)}
+        features = said.features
+        if a.groups:
+            awake = np.stack([heard[:, list(group)].any(axis=1) for group in a.groups], axis=1)
+            edges = _nothing(a, awake, a.edge_feature_shape)
+            for j, (name, group) in enumerate(zip(a.edge_parts, a.groups, strict=True)):
+                own = list(group)
+                rows = np.flatnonzero(awake[:, j])
+                fused = fuse(a.feature_fusion, features[rows][:, own], heard[rows][:, own])
+                self._tell(edges, j, rows, name, fused)
+            exits["edge"] = self._joined(edges.scores, awake, EDGE_EXIT)
+            features, heard = edges.features, awake
+        exits["cloud"] = self.run(CLOUD, fuse(a.feature_fusion, features, heard))[1]
+        return exits
+
+    def _tell(self, said: Said, sender: int, rows: NDArray[np.int64], name: str, x: Floats) -> None:
+        if len(rows):
+            features, said.scores[rows, sender] = self.run(name, x)
+            assert features is not None
+            said.features[rows, sender] = features
+
+    def _joined(self, scores: Floats, votes: Votes, part: str) -> Floats:
+        if scores.shape[1] == 1:
+            return scores[:, 0]
+        fused = fuse(self.architecture.score_fusion, scores, votes)
+        concatenated = self.architecture.score_fusion is Fusion.CONCAT
+        return self.run(part, fused)[1] if concatenated else fused
 
 
-def exit_scores(network: DDNN, said: Said, votes: Votes | None = None) -> Mapping[str, Floats]:
-    """Scores (N, C) of every exit, when only some devices are heard.
-
-    Args:
-        network: Trained.
-        said: What the devices say.
-        votes: (N, D) bool, who is heard; all that see something by default.
-    """
-    a = network.architecture
-    heard = said.present if votes is None else votes & said.present
-    exits = {"local": _joined(a.score_fusion, said.scores, heard, network.local)}
-    features = said.features
-    if network.edges:
-        sent = np.zeros((len(heard), len(a.groups), *a.edge_feature_shape), np.float32)
-        scores = np.zeros((len(heard), len(a.groups), a.classes), np.float32)
-        awake = np.zeros((len(heard), len(a.groups)), bool)
-        for j, (edge, group) in enumerate(zip(network.edges, a.groups, strict=True)):
-            own = heard[:, list(group)]
-            fused = fuse(a.feature_fusion, features[:, list(group)], own)
-            sent[:, j], scores[:, j] = _run(edge, fused)
-            awake[:, j] = own.any(axis=1)
-        exits["edge"] = _joined(a.score_fusion, scores, awake, network.edge_exit)
-        features, heard = sent, awake
-    exits["cloud"] = _run(network.cloud, fuse(a.feature_fusion, features, heard))
-    return exits
+def _nothing(a: Architecture, votes: Votes, shape: tuple[int, ...]) -> Said:
+    return Said(
+        scores=np.zeros((*votes.shape, a.classes), np.float32),
+        features=np.zeros((*votes.shape, *shape), np.float32),
+        present=votes,
+    )
 
 
-def _joined(fusion: Fusion, scores: Floats, votes: Votes, layer: Any) -> Floats:
-    if scores.shape[1] == 1:
-        return scores[:, 0]
-    fused = fuse(fusion, scores, votes)
-    return fused if layer is None else _run(layer, fused)
+def forward(model: Any, x: Floats) -> list[Floats]:
+    """Outputs of a Keras model in inference, each (N, ...) float32."""
+    chunks = []
+    for start in range(0, max(len(x), 1), BATCH):
+        told = model(x[start : start + BATCH], training=False)
+        chunks.append(told if isinstance(told, list | tuple) else [told])
+    return [
+        np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*chunks, strict=True)
+    ]
 
 
-def _run(model: Any, x: Floats) -> Any:
-    return model.predict(x, batch_size=BATCH, verbose=0)
+def keras_parts(network: DDNN) -> Assembled:
+    """A network as it was trained."""
+    parts = {part.name: part for part in network.parts}
+
+    def run(name: str, x: Floats) -> tuple[Floats | None, Floats]:
+        told = forward(parts[name], x)
+        return (told[0], told[1]) if len(told) > 1 else (None, told[0])
+
+    return Assembled(network.architecture, run)
+
+
+def inputs_of_parts(network: DDNN, frames: NDArray[Any], present: Votes) -> Mapping[str, Floats]:
+    """What each part is fed when the network sees these samples: calibration data, by part."""
+    trained = keras_parts(network)
+    fed: dict[str, Floats] = {}
+
+    def run(name: str, x: Floats) -> tuple[Floats | None, Floats]:
+        fed[name] = x
+        return trained.run(name, x)
+
+    recorded = Assembled(network.architecture, run)
+    recorded.exits(recorded.listen(frames, present))
+    return fed

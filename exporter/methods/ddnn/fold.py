@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .evaluate import forward
 from .network import Floats
 from .packed import LEAST_SHIFT, Block, ConvP, Exit, Fc, Threshold
 
@@ -26,7 +27,7 @@ def fold(model: keras.Model, *, centre: int | None, calibration: Floats) -> Bloc
     """A device's or an edge's model in integers.
 
     Args:
-        model: As `blocks.binary_block` makes it, trained.
+        model: As `blocks.binary_block` makes it, or a binary `blocks.cloud_part`, trained.
         centre: What the bytes of a frame are counted from; None for a block that reads bits.
         calibration: (N, ...) float32 inputs of the model; the range of their scores decides how
             finely scores are rounded.
@@ -51,11 +52,12 @@ def fold(model: keras.Model, *, centre: int | None, calibration: Floats) -> Bloc
             last = _exit(layer, kernel, _dots(model, layer, calibration))
         largest = 1
     assert last is not None
+    sent = model.output_shape
     return Block(
         shape=tuple(model.input_shape[1:]),
         reads_bits=centre is None,
         centre=centre or 0,
-        features=int(model.output_shape[0][-1]),
+        features=int(sent[0][-1]) if isinstance(sent, list) else 0,
         convs=tuple(convs),
         hidden=tuple(hidden),
         exit=last,
@@ -86,7 +88,7 @@ def _dots(model: keras.Model, layer: Any, calibration: Floats) -> NDArray[np.int
     import keras
 
     before = keras.Model(model.input, layer.input)
-    bits = before.predict(calibration, batch_size=256, verbose=0)
+    (bits,) = forward(before, calibration)
     return np.asarray(layer.accumulate(bits)).astype(np.int64)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 Votes = NDArray[np.bool_]
 
+LOCAL, EDGE_EXIT, CLOUD = "local", "edge-exit", "cloud"
+"""Names of the parts that are there once."""
 FUSIONS = (Fusion.MAX, Fusion.MEAN, Fusion.CONCAT)
 
 
@@ -33,11 +35,12 @@ class Architecture:
     Attributes:
         frame: (height, width, channels) of one view.
         classes: How many.
-        devices: Names of the devices, in the order of the views.
+        devices: How many, each with its view.
         centre: Subtracted from a frame's values before the first block. Its convolution pads with
             zeros, that is, with this value.
         groups: Which devices each edge hears, as positions; empty: no edge, the cloud hears all.
-        filters: Of each ConvP block of a device, first to last; the last one's bits are sent.
+        filters: Of each ConvP block of a device, first to last; the last one's bits are sent. None:
+            devices have no block and send raw frames, and the cloud alone answers.
         score_filters: More filters in the last block whose bits only the device's exit reads.
         hidden: Units of each FC block between a device's last ConvP and its exit.
         edge_filters: Of each ConvP block of an edge.
@@ -50,7 +53,7 @@ class Architecture:
 
     frame: tuple[int, int, int]
     classes: int
-    devices: tuple[str, ...]
+    devices: int
     centre: int = 0
     groups: tuple[tuple[int, ...], ...] = ()
     filters: tuple[int, ...] = (4,)
@@ -68,25 +71,46 @@ class Architecture:
         problems = []
         if self.classes < 2:
             problems.append(f"{self.classes} classes: there is nothing to tell apart")
-        if not self.devices:
-            problems.append("no device")
+        if self.devices < 1:
+            problems.append(f"{self.devices} devices: nobody sees anything")
         for what in ("score_fusion", "feature_fusion"):
             if getattr(self, what) not in FUSIONS:
                 names = ", ".join(fusion.value for fusion in FUSIONS)
                 problems.append(f"{what} {getattr(self, what).value}: must be one of {names}")
         for what in ("filters", "edge_filters", "cloud_filters"):
             counts = getattr(self, what)
-            if not counts or min(counts) < 1:
+            if (not counts and what != "filters") or min(counts, default=1) < 1:
                 problems.append(f"{what} {counts}: every block needs at least one filter")
         heard = sorted(i for group in self.groups for i in group)
-        if self.groups and (heard != list(range(len(self.devices))) or not all(self.groups)):
+        if self.groups and (heard != list(range(self.devices)) or not all(self.groups)):
             problems.append(f"groups {self.groups}: each device must be in one, and none be empty")
+        if self.raw and (self.groups or self.score_filters or self.hidden):
+            problems.append("devices that send raw frames have neither edges nor an exit")
+        if self.raw and (self.feature_fusion is not Fusion.CONCAT or self.cloud == "binary"):
+            problems.append("raw frames are concatenated, for a float cloud")
         if problems:
             raise DataError("\n".join(problems), "correct the options of the network")
 
     @property
+    def raw(self) -> bool:
+        """Whether devices send frames as they are (Fig. 2 (a) of the paper)."""
+        return not self.filters
+
+    @property
+    def device_parts(self) -> tuple[str, ...]:
+        """Names of the devices' parts; none where they have no block."""
+        return () if self.raw else tuple(f"device-{i}" for i in range(self.devices))
+
+    @property
+    def edge_parts(self) -> tuple[str, ...]:
+        """Names of the edges' parts."""
+        return tuple(f"edge-{j}" for j in range(len(self.groups)))
+
+    @property
     def feature_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of the bits that a device sends."""
+        """(height, width, channels) of the bits that a device sends, or of its raw frame."""
+        if self.raw:
+            return self.frame
         height, width, _ = self.frame
         for _ in self.filters:
             height, width = -(-height // 2), -(-width // 2)
@@ -128,26 +152,25 @@ class DDNN:
         a = self.architecture = architecture
         self.devices = [
             blocks.binary_block(name, a.frame, a.filters, a.classes, a.score_filters, a.hidden)
-            for name in a.devices
+            for name in a.device_parts
         ]
         concatenated = a.score_fusion is Fusion.CONCAT
-        many = len(a.devices) > 1
         self.local: keras.Model | None = None
-        if concatenated and many:
-            self.local = blocks.score_layer("local", len(a.devices), a.classes)
+        if concatenated and a.devices > 1 and not a.raw:
+            self.local = blocks.score_layer(LOCAL, a.devices, a.classes)
         self.edges = [
             blocks.binary_block(
-                f"edge-{j}",
+                name,
                 a.fused_shape(len(group), a.feature_shape),
                 a.edge_filters,
                 a.classes,
             )
-            for j, group in enumerate(a.groups)
+            for name, group in zip(a.edge_parts, a.groups, strict=True)
         ]
         self.edge_exit: keras.Model | None = None
         if concatenated and len(a.groups) > 1:
-            self.edge_exit = blocks.score_layer("edge-exit", len(a.groups), a.classes)
-        senders = len(a.groups) or len(a.devices)
+            self.edge_exit = blocks.score_layer(EDGE_EXIT, len(a.groups), a.classes)
+        senders = len(a.groups) or a.devices
         sent = a.edge_feature_shape if a.groups else a.feature_shape
         self.cloud = blocks.cloud_part(
             a.fused_shape(senders, sent), a.cloud_filters, a.classes, a.cloud, a.cloud_stride
@@ -162,6 +185,8 @@ class DDNN:
     @property
     def exits(self) -> tuple[str, ...]:
         """Names of the exits, lowest first."""
+        if self.architecture.raw:
+            return ("cloud",)
         return ("local", "edge", "cloud") if self.edges else ("local", "cloud")
 
     def forward(self, x: Any, present: Any, votes: Any, *, training: bool) -> dict[str, Any]:
@@ -174,8 +199,8 @@ class DDNN:
             training: Whether normalization uses the batch's statistics.
 
         Returns:
-            `local`, `edge` and `cloud`: (N, C); `devices`: a list of (rows, scores of these rows);
-            `edges`: a list of (N, C).
+            Each of `exits`: (N, C); `devices`: a list of (rows, scores of these rows); `edges`: a
+            list of (N, C).
         """
         import tensorflow as tf
 
@@ -191,7 +216,10 @@ class DDNN:
             scores.append(tf.scatter_nd(seen, said, (count, a.classes)))
             rows.append((seen[:, 0], said))
         exits: dict[str, Any] = {"devices": rows, "edges": []}
-        exits["local"] = _joined(a.score_fusion, scores, votes, self.local, training)
+        if a.raw:
+            features = [x[:, i] - a.centre for i in range(a.devices)]
+        else:
+            exits["local"] = _joined(a.score_fusion, scores, votes, self.local, training)
         if self.edges:
             features, said, votes = self._edges(features, votes, training)
             exits["edges"] = said

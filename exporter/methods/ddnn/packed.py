@@ -20,7 +20,7 @@ The bytes, little-endian (magic "SDB1"; version 1 is in the magic):
 
 | what | layout |
 |---|---|
-| header | HEADER: magic, layers u8, input u8 (0 = bytes, 1 = bits), centre u8, pad, height u16, width u16, channels u16, features u16 (channels of the last ConvP that are sent) |
+| header | HEADER: magic, layers u8, input u8 (0 = bytes, 1 = bits), centre u8, pad, height u16, width u16, channels u16, features u16 (channels of the last ConvP that are sent, 0: none) |
 | each layer | LAYER: kind u8 (1 ConvP, 2 FC, 3 Exit), stride or shift u8, threshold bytes u8, pad, inputs u16 (channels of a ConvP, else bits), outputs u16 |
 | then weights | one row an output: 1 = +1, 0 = -1, most significant bit first, in the order row, column, channel; each row padded with **ones** to whole bytes |
 | then, ConvP and FC | a threshold an output (i16, or i32 where threshold bytes is 4), then a bit an output, padded with zeros: 1 = the opposite of the comparison |
@@ -128,7 +128,7 @@ class Block:
         shape: (height, width, channels) of its input.
         reads_bits: Whether the input is bits, else bytes.
         centre: What bytes are counted from, 0..255.
-        features: Channels of the last ConvP that are sent on; the exit reads all of them.
+        features: Channels of the last ConvP that are sent on, 0: none; the exit reads all of them.
     """
 
     shape: tuple[int, int, int]

@@ -33,8 +33,8 @@ def block_tflite(block: Block, metadata: Mapping[str, Any], *, weight_bits: int 
     """Write a block as a .tflite file.
 
     Input: int8, real value = byte - centre, or +-1 (0 = no vote) for a block that reads bits.
-    Outputs: FEATURES (1, h, w, f) int8, +-1; SCORES (1, classes) int8, in steps of the exit's
-    scale.
+    Outputs: FEATURES (1, h, w, f) int8, +-1, if the block sends any; SCORES (1, classes) int8, in
+    steps of the exit's scale.
 
     Args:
         block: As folded.
@@ -47,9 +47,13 @@ def block_tflite(block: Block, metadata: Mapping[str, Any], *, weight_bits: int 
     shape = block.shape
     for k, conv in enumerate(block.convs):
         x, shape = _convp(graph, f"convp{k + 1}", x, shape, conv)
-    features = x
-    if shape[-1] != block.features:
-        features = _first_channels(graph, x, shape, block.features)
+    outputs = []
+    if block.features:
+        features = x
+        if shape[-1] != block.features:
+            features = graph.first_channels("sent", x, (*shape[:-1], block.features))
+        graph.rename(features, FEATURES)
+        outputs.append(features)
     for k, layer in enumerate(block.hidden):
         name, units = f"fc{k + 1}", len(layer.weights)
         signs = np.where(layer.weights, 2, -2)
@@ -66,8 +70,21 @@ def block_tflite(block: Block, metadata: Mapping[str, Any], *, weight_bits: int 
         step,
         clamp=False,
     )
-    graph.rename(features, FEATURES)
-    return with_metadata(graph.finish([features, scores]), metadata)
+    return with_metadata(graph.finish([*outputs, scores]), metadata)
+
+
+def frame_tflite(shape: tuple[int, int, int], centre: int, metadata: Mapping[str, Any]) -> bytes:
+    """A file that gives a frame back as it is: for a device that sends it on.
+
+    Args:
+        shape: (height, width, channels).
+        centre: What its values are counted from, as in a block.
+        metadata: JSON values for Shoal's entry.
+    """
+    graph = _Graph(8)
+    zero_point = centre - 128
+    frame = graph.input("input", shape, zero_point)
+    return with_metadata(graph.finish([graph.copy(FEATURES, frame, shape, zero_point)]), metadata)
 
 
 def smallest_tflite(block: Block, metadata: Mapping[str, Any]) -> bytes:
@@ -94,10 +111,6 @@ def _flipped(graph: _Graph, name: str, x: int, shape: tuple[int, ...], threshold
         return x
     signs = np.where(threshold.inverted, -1, 1)
     return graph.product(f"{name}_flip", x, signs, shape)
-
-
-def _first_channels(graph: _Graph, x: int, shape: tuple[int, ...], count: int) -> int:
-    return graph.first_channels("sent", x, (*shape[:-1], count))
 
 
 @dataclass
@@ -148,6 +161,15 @@ class _Graph:
         )
         out = self._activation(name, shape)
         self._operator("MUL", 2, [x, factors], out, "MulOptions", schema.MulOptionsT())
+        return out
+
+    def copy(self, name: str, x: int, shape: Sequence[int], zero_point: int) -> int:
+        whole = np.array([1, *shape], np.int32)
+        form = self._constant(f"{name}_shape", whole, schema.TensorType.INT32, [])
+        options = schema.ReshapeOptionsT()
+        options.newShape = whole.tolist()
+        out = self._activation(name, shape, 1.0, zero_point)
+        self._operator("RESHAPE", 1, [x, form], out, "ReshapeOptions", options)
         return out
 
     def first_channels(self, name: str, x: int, shape: Sequence[int]) -> int:

@@ -150,14 +150,18 @@ def train(
 def _check(network: DDNN, frames: NDArray[Any], present: Votes, labels: NDArray[np.int64]) -> None:
     a = network.architecture
     problems = []
-    expected = (len(labels), len(a.devices), *a.frame)
+    expected = (len(labels), a.devices, *a.frame)
     if frames.shape != expected:
         problems.append(f"frames have shape {frames.shape}, the network takes {expected}")
-    if present.shape != (len(labels), len(a.devices)):
+    if present.shape != (len(labels), a.devices):
         problems.append(f"presence has shape {present.shape}, expected {expected[:2]}")
     elif not present.any(axis=1).all():
         blind = np.flatnonzero(~present.any(axis=1))
         problems.append(f"{len(blind)} samples have no view at all, first {blind[0]}")
+    else:
+        empty = [str(i) for i in np.flatnonzero(~present.any(axis=0))]
+        if empty:
+            problems.append(f"nothing is ever seen in view {', '.join(empty)}")
     if len(labels) and labels.max() >= a.classes:
         problems.append(f"labels up to {labels.max()} for {a.classes} classes")
     if problems:
@@ -180,8 +184,9 @@ def _traced(network: DDNN, optimizer: Any, variables: list[Any], options: TrainO
     def step(x: Any, present: Any, votes: Any, labels: Any) -> Any:
         with tf.GradientTape() as tape:
             exits = network.forward(x, present, votes, training=True)
-            loss = weights.local * entropy(exits["local"], labels)
-            loss += weights.cloud * entropy(exits["cloud"], labels)
+            loss = weights.cloud * entropy(exits["cloud"], labels)
+            if "local" in exits:
+                loss += weights.local * entropy(exits["local"], labels)
             if weights.device:
                 for rows, scores in exits["devices"]:
                     loss += weights.device * entropy(scores, tf.gather(labels, rows))
@@ -194,7 +199,7 @@ def _traced(network: DDNN, optimizer: Any, variables: list[Any], options: TrainO
         network.clip()
         return loss
 
-    devices = len(a.devices)
+    devices = a.devices
     return tf.function(
         step,
         input_signature=[
