@@ -59,7 +59,7 @@ GROUPS = {
             ("snn", "table", "vgg16_cifar10"),
             ("snn", "table", "vgg16_cifar100"),
             ("snn", "table", "resnet56_cifar10"),
-            ("snn", "ranking", "lenet_mnist"),
+            ("snn", "ranking", "lenet_mnist", "--luck"),
             ("snn", "ranking", "vgg16_cifar10"),
         ),
         snn.draw,
