@@ -144,7 +144,14 @@ BASE_NETWORKS = {
     "lenet_mnist": Base(
         _committed("lenet_mnist", 5_000), DistillOptions(epochs=3, crop_pixels=1), 20_000
     ),
-    "vgg16_cifar100": Base(_committed("vgg16_cifar100", 500), SMALL_IMAGES, 4_500),
+    "vgg16_cifar100": Base(
+        _committed("vgg16_cifar100", 500),
+        SMALL_IMAGES,
+        4_500,
+        candidates=1,
+        prune_samples=1_000,
+        quick=True,
+    ),
 }
 
 

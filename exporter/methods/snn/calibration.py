@@ -55,6 +55,10 @@ class SettledAnswers:
                 self.test[self.choice.fusion], "test data, best guess where nobody knows"
             ),
             "decisions_known": share(self.known, "test data, decisions with a label"),
+            **{
+                f"accuracy_{fusion.value}": share(accuracy, "test data, if this fusion were taken")
+                for fusion, accuracy in self.test.items()
+            },
         }
         if self.lost:
             figures["accuracy_fleet_one_lost"] = share(

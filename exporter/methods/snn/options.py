@@ -29,7 +29,7 @@ class SnnOptions:
             CAP'NN criterion of any own class. Not looked at where `keep` is given.
         keep: Share of the base's parameters that each SNN keeps, instead of a bound on accuracy.
         compensate: Solve the weights after pruned layers again in closed form; None = not.
-        distill: Then train towards the base's outcomes, with a rest row; None = not.
+        distill: Then train towards what the base says; None = not.
         distill_samples: Training inputs for that at most.
         outcomes: `rest`, `own` (as the paper), or `auto`: the better one on held-out data.
         fusion: How the aggregator joins answers; None = the best on held-out data.
@@ -68,7 +68,9 @@ class SnnOptions:
         if self.quick and not searching:
             problems.append(f"{self.criterion.value} goes layer by layer, it cannot take `quick`")
         if self.distill is not None and self.outcomes == "own":
-            problems.append("distilled networks have a rest row: outcomes cannot be 'own'")
+            problems.append(
+                "distilled networks learn foreign classes too: outcomes cannot be 'own'"
+            )
         if problems:
             raise DataError("\n".join(problems), "leave one of the two options out")
 
