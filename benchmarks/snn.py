@@ -86,20 +86,32 @@ class Base:
     quick: bool = False
 
 
-def _committed(name: str, held_out: int) -> Callable[[], tuple[Any, DataSet]]:
+def _committed(
+    name: str, held_out: int, of_each_class: int = 0
+) -> Callable[[], tuple[Any, DataSet]]:
+    """A committed base; its held-out images, and so many test images of each class with them."""
+
     def load() -> tuple[Any, DataSet]:
         from benchmarks.train_bases import RECIPES, trained
 
         with np.load(npz_path(RECIPES[name].data)) as archive:
             arrays = {key: archive[key] for key in archive.files}
         x, y = arrays["x_train"], arrays["y_train"].astype(np.int64)
+        x_test, y_test = arrays["x_test"], arrays["y_test"].astype(np.int64)
+        rank = np.zeros(len(y_test), np.int64)
+        for c in np.unique(y_test):
+            rank[y_test == c] = np.arange((y_test == c).sum())
+        moved = rank < of_each_class
         return trained(name), DataSet(
             name=RECIPES[name].data,
             classes=tuple(map(str, range(int(y.max()) + 1))),
             frame=FrameSpec(shape=x.shape[1:], dtype="uint8", scale=(1 / 255,), offset=(0.0,)),
             train=Split(x[:-held_out], y[:-held_out]),
-            held_out=Split(x[-held_out:], y[-held_out:]),
-            test=Split(arrays["x_test"], arrays["y_test"].astype(np.int64)),
+            held_out=Split(
+                np.concatenate([x[-held_out:], x_test[moved]]),
+                np.concatenate([y[-held_out:], y_test[moved]]),
+            ),
+            test=Split(x_test[~moved], y_test[~moved]),
         )
 
     return load
@@ -145,7 +157,7 @@ BASE_NETWORKS = {
         _committed("lenet_mnist", 5_000), DistillOptions(epochs=3, crop_pixels=1), 20_000
     ),
     "vgg16_cifar100": Base(
-        _committed("vgg16_cifar100", 500),
+        _committed("vgg16_cifar100", 500, of_each_class=3),
         SMALL_IMAGES,
         4_500,
         candidates=1,
