@@ -55,7 +55,6 @@ def test_edges_learn_and_have_an_exit_of_their_own() -> None:
         groups=((0, 1), (2, 3)),
         edge_filters=(8,),
         score_fusion=Fusion.MEAN,
-        feature_fusion=Fusion.MAX,
     )
 
     taught(net)
