@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import fleet_latency, fleet_memory, fleet_soak, snn
+from benchmarks import ddnn, fleet_latency, fleet_memory, fleet_soak, snn
 from benchmarks.record import HEADER, RESULTS, ROOT, load, machine_line
 
 
@@ -55,7 +55,7 @@ GROUPS = {
     "snn": Group(
         (
             ("published_resnets", "--keep"),
-            ("snn", "table", "lenet_mnist", "--seeds", "3"),
+            ("snn", "table", "lenet_mnist", "--seeds", "5"),
             ("snn", "table", "vgg16_cifar10"),
             ("snn", "table", "vgg16_cifar100"),
             ("snn", "table", "resnet56_cifar10"),
@@ -64,6 +64,7 @@ GROUPS = {
         ),
         snn.draw,
     ),
+    "ddnn": Group((("ddnn",),), ddnn.draw),
 }
 
 
@@ -73,7 +74,7 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 def with_results(readme: str) -> str:
     """The README with the tables of results/*.md between its two markers."""
-    tables = [(RESULTS / f"{name}.md").read_text().strip() for name in ("snn", "runtime")]
+    tables = [(RESULTS / f"{name}.md").read_text().strip() for name in ("snn", "ddnn", "runtime")]
     body = "\n\n".join(table.replace("# ", "### ", 1) for table in tables)
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -66,7 +66,7 @@ def test_contradictions_of_an_architecture_are_all_named() -> None:
             classes=1,
             devices=2,
             groups=((0,), (0,)),
-            filters=(),
+            filters=(0,),
             score_fusion=Fusion.MIN_ENTROPY,
         )
 
