@@ -246,7 +246,7 @@ def test_ctrl_c_in_the_terminal_ends_all_processes_and_keeps_the_cache(tmp_path)
 
 
 def test_failure_in_a_worker_reaches_the_caller_with_its_hint():
-    with pytest.raises(ShoalError, match="class [45] cannot be pruned") as failure:
+    with pytest.raises(ShoalError, match=r"class [45] cannot be pruned") as failure:
         map_cached(fails, None, [4, 5], key_of, workers=Workers(processes=2))
 
     assert failure.value.hint == "keep more of it"
