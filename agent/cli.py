@@ -22,6 +22,7 @@ COMMANDS = "shoal.commands"
 EXTRA_OF_MODULE = {
     "tensorflow": "exporter",
     "keras": "exporter",
+    "networkx": "exporter",
     "sklearn": "exporter",
     "flatbuffers": "exporter",
     "tflite_micro": "exporter",
