@@ -1,0 +1,91 @@
+"""Branches that are trained together, merged by the runtime, and finished by the aggregator."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from agent.fuse import fuse_tensors
+from agent.protocol.errors import DataError
+from agent.protocol.plan import Fusion
+from exporter.methods.branches import Branch, BranchNetwork, merged
+from exporter.training import TrainOptions
+
+
+def branch(i: int, width: int) -> Branch:
+    inputs = keras.Input((6, 6, 1), name=f"image{i}")
+    x = keras.layers.Flatten(name=f"flatten{i}")(inputs)
+    x = keras.layers.Dense(width, activation="relu", name=f"fc{i}")(x)
+    return Branch(f"part-{i}", f"pi-{i}", keras.Model(inputs, x, name=f"part{i}"), f"1/{width}")
+
+
+def head(width: int) -> keras.Model:
+    inputs = keras.Input((width,), name="merged")
+    return keras.Model(inputs, keras.layers.Dense(4, name="logits")(inputs), name="head")
+
+
+def network(merge: Fusion, widths: tuple[int, ...]) -> BranchNetwork:
+    keras.utils.set_random_seed(0)
+    branches = tuple(branch(i, width) for i, width in enumerate(widths))
+    return BranchNetwork(branches, head(widths[0] if merge is Fusion.SUM else sum(widths)), merge)
+
+
+CASES = [(Fusion.SUM, (5, 5, 5)), (Fusion.CONCAT, (5, 3, 7))]
+
+
+@pytest.mark.parametrize(("merge", "widths"), CASES)
+@pytest.mark.parametrize("heard", [(True, True, True), (True, False, True), (False, True, False)])
+def test_offline_merge_is_the_runtimes_to_the_bit(merge, widths, heard) -> None:
+    rng = np.random.default_rng(0)
+    features = [rng.normal(size=(20, w)).astype(np.float32) for w in widths]
+    shapes = [(w,) for w in widths]
+
+    together = merged(merge, features, heard)
+
+    for n in range(20):
+        there = {i: x[n] for i, x in enumerate(features) if heard[i]}
+        assert np.array_equal(together[n], fuse_tensors(merge, there, shapes))
+
+
+@pytest.mark.parametrize(("merge", "widths"), CASES)
+def test_training_sees_a_lost_branch_as_the_fleet_does(merge, widths) -> None:
+    net = network(merge, widths)
+    x = np.random.default_rng(0).normal(size=(9, 6, 6, 1)).astype(np.float32)
+    heard = np.tile(np.array([[1, 0, 1]], np.float32), (9, 1))
+
+    said = net.forward(tf.constant(x), tf.constant(heard), training=False)
+
+    offline = net.finish(net.features(x), [True, False, True])
+    np.testing.assert_allclose(np.asarray(said.logits), offline, atol=1e-5)
+    assert not np.allclose(offline, net.logits(x))
+
+
+def test_loss_reaches_every_branch_that_is_heard() -> None:
+    net = network(*CASES[1])
+    loss = net.label_loss(TrainOptions())
+    x = tf.constant(np.random.default_rng(0).normal(size=(9, 6, 6, 1)).astype(np.float32))
+    heard = np.ones((9, 3), np.float32)
+    heard[:, 1] = 0
+    kernels = [b.model.trainable_variables[0].value for b in net.branches]
+
+    with tf.GradientTape() as tape:
+        value = loss(x, tf.zeros(9, tf.int64), tf.constant(heard))
+    gradients = tape.gradient(value, kernels)
+
+    assert [bool(np.any(g)) for g in gradients] == [True, False, True]
+
+
+def test_branches_that_do_not_fit_are_refused_all_at_once() -> None:
+    with pytest.raises(DataError, match="cannot be summed"):
+        network(Fusion.SUM, (5, 4))
+    with pytest.raises(DataError, match="sum or concat, not max"):
+        network(Fusion.MAX, (5, 5))
+    one = branch(0, 5)
+    with pytest.raises(DataError, match=r"(?s)merge to \(10,\), the head takes \(9,\).*name of"):
+        BranchNetwork((one, one), head(9), Fusion.CONCAT)
