@@ -52,7 +52,13 @@ from agent.protocol.messages import (
 )
 from agent.protocol.plan import ANSWER_FUSIONS, Fusion, Node, Output, Strategy
 from agent.protocol.quantization import dequantize, from_bits, row_dequantizer, to_bits
-from agent.protocol.scores import RowReader, foreign_classes, normalized_entropy, softmax
+from agent.protocol.scores import (
+    RowReader,
+    decide,
+    foreign_classes,
+    normalized_entropy,
+    softmax,
+)
 
 KEPT_REQUESTS = 64
 """How many requests a node keeps its features of, in case it is asked for them."""
@@ -180,6 +186,8 @@ class _LocalNode:
     index: int
     node: Node
     exit_threshold: float | None
+    dont_know_threshold: float
+    """Of its exit, where it decides by scores."""
     is_last: bool
     gate: int | None
     """The highest exit below: this node is asked only when that one is unsure."""
@@ -187,6 +195,7 @@ class _LocalNode:
     step_in_share: float
     """Of the deadline: when to escalate in place of the exits below; infinite if never."""
     rule: RowReader | None
+    """None of a piece whose answers nobody takes."""
     outputs: frozenset[MessageKind]
     gather: Gather | None
     shapes: tuple[tuple[int, ...], ...]
@@ -447,12 +456,11 @@ class Engine:
                 )
                 verdict = _Verdict(told.class_index, told.known, told.entropy)
             elif local.exit_threshold is not None:
-                verdict = _verdict(dequantize(stored, output))
+                verdict = _verdict(dequantize(stored, output), local.dont_know_threshold)
         except ScoreError:
             return self.failed(run)
         if MessageKind.SCORES in local.outputs:
-            real = dequantize(stored, output)
-            parts[MessageKind.SCORES] = TensorPart(MessageKind.SCORES, header, real, *timing)
+            parts[MessageKind.SCORES] = TensorPart(MessageKind.SCORES, header, stored, *timing)
         if MessageKind.FEATURES in local.outputs:
             values = stored if features is None else features
             if (spec := entry.tensor(Output.FEATURES)).levels is not None:
@@ -671,7 +679,9 @@ class Engine:
             parts[MessageKind.SCORES] = TensorPart(MessageKind.SCORES, header, fused, 0, 0)
         if MessageKind.FEATURES in local.outputs:
             parts[MessageKind.FEATURES] = TensorPart(MessageKind.FEATURES, header, fused, 0, 0)
-        verdict = _verdict(fused) if local.exit_threshold is not None else None
+        verdict = None
+        if local.exit_threshold is not None:
+            verdict = _verdict(fused, local.dont_know_threshold)
         return self._finish(local, collection, now_s, verdict, parts, (0, 0))
 
     def _run_on(
@@ -692,15 +702,14 @@ class Engine:
         for position, part in collection.parts.items():
             assert isinstance(part, TensorPart) and part.header.node is not None
             piece = strategy.nodes[part.header.node].piece
-            spec = None
-            if part.kind is MessageKind.FEATURES and piece is not None:
-                spec = self._entries[piece].tensor(Output.FEATURES)
-            if spec is not None and spec.levels is not None:
-                real[position] = from_bits(part.values, spec)
-            elif spec is not None:
-                real[position] = dequantize(part.values, spec)
-            else:
+            if piece is None:
                 real[position] = part.values.astype(np.float32, copy=False)
+                continue
+            spec = self._entries[piece].tensor(_OUTPUT_OF_KIND[part.kind])
+            if part.kind is MessageKind.FEATURES and spec.levels is not None:
+                real[position] = from_bits(part.values, spec)
+            else:
+                real[position] = dequantize(part.values, spec)
         return real
 
     def _finish_answers(
@@ -818,11 +827,7 @@ class Engine:
             entropy=1.0 if verdict is None else verdict.entropy,
             tier=local.node.tier,
             strategy=self.manifest.plan.strategies[local.strategy].name,
-            entropies={
-                sources[i].name: part.entropy
-                for i in present
-                if isinstance(part := collection.parts[i], Answer)
-            },
+            entropies=self._entropies(local, collection),
             contributors=contributors,
             missing=missing,
             blank=blank,
@@ -835,6 +840,26 @@ class Engine:
                 fusion_ms=fusion_ms,
             ),
         )
+
+    def _entropies(self, local: _LocalNode, collection: Collection) -> dict[str, float]:
+        """Normalized entropy by node: as its answer says, or of its scores over all classes."""
+        if local.gather is None or not collection.parts:
+            return {}
+        sources = local.gather.sources
+        present = sorted(collection.parts)
+        if local.node.fusion in ANSWER_FUSIONS:
+            answers = _answers(collection)
+            return {sources[i].name: answers[i].entropy for i in present if i in answers}
+        real = self._real_values(local, collection)
+        classes = len(self.manifest.plan.classes)
+        voting = [
+            i for i in present if sources[i].kind is MessageKind.SCORES and real[i].size == classes
+        ]
+        if not voting:
+            return {}
+        probabilities = softmax(np.stack([real[i].reshape(-1) for i in voting]))
+        entropies = normalized_entropy(probabilities).tolist()
+        return {sources[i].name: eta for i, eta in zip(voting, entropies, strict=True)}
 
 
 def _answers(collection: Collection) -> dict[int, Answer]:
@@ -849,11 +874,10 @@ def _orphans(local: _LocalNode, present: Container[int]) -> frozenset[int]:
     return frozenset(missing - heard)
 
 
-def _verdict(scores: NDArray[np.float32]) -> _Verdict:
-    """Scores over all classes as a class and its normalized entropy."""
-    probabilities = softmax(scores.reshape(-1))
-    entropy = float(normalized_entropy(probabilities))
-    return _Verdict(int(probabilities.argmax()), True, entropy)
+def _verdict(scores: NDArray[np.float32], threshold: float) -> _Verdict:
+    """Scores over all classes as a class and its normalized entropy, or "don't know"."""
+    decided = decide(scores.reshape(1, -1), threshold)
+    return _Verdict(int(decided.classes[0]), bool(decided.known[0]), float(decided.entropies[0]))
 
 
 # Reading a strategy: who sends what to whom, and when.
@@ -934,13 +958,14 @@ def _shapes_heard(
 
 
 def _form(manifest: Manifest, strategy: int, node: int, kind: MessageKind) -> _Form:
-    """Features travel as bits or as the model stores them, scores as real numbers."""
+    """What a piece gives travels as stored, features also as bits; what was fused as real."""
     graph = manifest.plan.strategies[strategy]
     sender = graph.nodes[node]
     dtype = "float32"
-    if kind is MessageKind.FEATURES and sender.piece is not None:
-        spec = manifest.entry(sender.piece).tensor(Output.FEATURES)
-        dtype = spec.dtype if spec.levels is None else "bool"
+    if kind is not MessageKind.ANSWER and sender.piece is not None:
+        spec = manifest.entry(sender.piece).tensor(_OUTPUT_OF_KIND[kind])
+        bits = kind is MessageKind.FEATURES and spec.levels is not None
+        dtype = "bool" if bits else spec.dtype
     return _Form(
         _classes_of(manifest, graph, sender),
         _foreign_classes_of(manifest, sender),
@@ -1028,7 +1053,7 @@ def _place(
     if problems := _problems(manifest, strategy):
         lines = [f"strategy {strategy.name!r}: {problem}" for problem in problems]
         raise ManifestError("\n".join(lines), "export the bundle again")
-    thresholds = {x.tier: x.threshold for x in strategy.exits}
+    exits = {x.tier: x for x in strategy.exits}
     numbers = {node.name: i for i, node in enumerate(strategy.nodes)}
     stages = _stages(strategy)
     last = max(1, stages[strategy.aggregator.name])
@@ -1057,6 +1082,10 @@ def _place(
             if listener.device != device:
                 elsewhere.add(kind)
         rule = None if node.piece is None else manifest.plan.piece(node.piece).answer
+        taken = at_once.union(*on_demand.values())
+        if MessageKind.ANSWER not in taken and node.tier not in exits:
+            rule = None
+        own_exit = exits.get(node.tier)
         gate = _gate(strategy, node.tier)
         below = max((stages[x.name] for x in strategy.nodes if x.tier == gate), default=0)
         placed.append(
@@ -1064,12 +1093,13 @@ def _place(
                 strategy=index,
                 index=number,
                 node=node,
-                exit_threshold=thresholds.get(node.tier),
+                exit_threshold=None if own_exit is None else own_exit.threshold,
+                dont_know_threshold=1.0 if own_exit is None else own_exit.dont_know_threshold,
                 is_last=node is strategy.aggregator,
                 gate=gate,
                 deadline_share=stages[node.name] / last,
                 step_in_share=(below + 0.5) / last
-                if sources and gate is not None and node.tier in thresholds
+                if sources and gate is not None and own_exit is not None
                 else math.inf,
                 rule=None if rule is None else RowReader(rule),
                 outputs=_outputs(manifest, strategy, node),

@@ -31,7 +31,7 @@ class Traffic:
         payload_bytes: Of the MQTT payloads, whole.
         content_bytes: Of what they say: the values of a tensor, packed; an answer without header,
             times and checksum; 0 for escalations and blanks. This is what equation (1) of the DDNN
-            paper counts.
+            paper counts, save that it gives each score 4 bytes and int8 scores travel in one.
     """
 
     tier: int | None

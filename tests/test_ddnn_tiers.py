@@ -127,4 +127,4 @@ def test_tiers_of_no_configuration_are_all_named() -> None:
 
 
 def test_payloads_are_a_header_and_what_equation_1_counts() -> None:
-    assert score_message_bytes(3) - 12 == feature_message_bytes((16, 16, 4)) - 128 - 4
+    assert score_message_bytes(3) - 3 == feature_message_bytes((16, 16, 4)) - 128 - 4

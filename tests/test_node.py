@@ -24,7 +24,7 @@ from agent.protocol.messages import (
     TensorPart,
 )
 from agent.protocol.plan import FRAME, AnswerRule, Exit, Fusion, Node, Output, Piece
-from agent.protocol.scores import Vote
+from agent.protocol.scores import Vote, normalized_entropy, softmax
 
 LAST = 1.0
 
@@ -467,12 +467,78 @@ def test_features_of_another_form_are_refused(values: NDArray[np.generic]) -> No
     assert sky.rejected == {Refusal.WRONG_VALUES: 1}
 
 
-def test_scores_that_are_no_numbers_are_refused() -> None:
-    fleet = Engines(tiered(), CLEAR)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_scores_that_are_no_numbers_of_the_piece_are_refused(dtype: str) -> None:
+    bundle = averaging(0.9, dtype)
+    fleet = Engines(bundle, {})
     header = Header(fleet.of["d0"].plan, 7, fleet.of["d0"].boot, 0, 0)
     part = TensorPart(MessageKind.SCORES, header, f4(0, np.nan, 0), 0, 0)
-    assert fleet.of["hub"].part("d0", part, 9) == []
-    assert fleet.of["hub"].rejected == {Refusal.WRONG_VALUES: 1}
+    assert fleet.of["desk"].part("d0", part, 9) == []
+    assert fleet.of["desk"].rejected == {Refusal.WRONG_VALUES: 1}
+
+
+# Scores of every device for all classes, and their mean.
+
+
+def averaging(dont_know_threshold: float, dtype: str = "int8") -> Manifest:
+    """Three pieces that could answer, whose scores are fused; the decision may be don't know."""
+    pieces = []
+    for i in range(3):
+        rule = AnswerRule(classes=(i,), logits=(0, 1, 2), dont_know_threshold=0.9)
+        outputs = (Output.ANSWER, Output.SCORES)
+        piece = Piece(name=f"p{i}", inputs=(FRAME,), outputs=outputs, answer=rule)
+        pieces.append((piece, entry(f"p{i}", (4,), (3,), dtype)))
+    nodes = [Node(name=f"n{i}", device=f"d{i}", tier=0, piece=f"p{i}") for i in range(3)]
+    heard = ("n0", "n1", "n2")
+    top = Node(name="top", device="desk", tier=1, listens_to=heard, fusion=Fusion.MEAN)
+    last = Exit(tier=1, threshold=LAST, dont_know_threshold=dont_know_threshold)
+    return manifest(pieces, ([*nodes, top], [last]))
+
+
+# Real scores (0, 2, 0), (0, 0, 0), (0, 0, 0.5): their mean is (0, 2, 0.5) / 3.
+LEANING = {"p0": stored(3, 7, 3), "p1": stored(3, 3, 3), "p2": stored(3, 3, 4)}
+
+
+def test_mean_of_scores_is_decided_for_a_class_that_its_own_device_does_not_see() -> None:
+    fleet = Engines(averaging(LAST), LEANING)
+    fleet.ask(7)
+    (decision,) = fleet.decisions
+    mean = softmax(f4(0, 2, 0.5) / np.float32(3))
+    assert (decision.label, decision.best_guess) == ("class 1", "class 1")
+    assert decision.entropy == pytest.approx(float(normalized_entropy(mean)), abs=1e-6)
+    own = [float(normalized_entropy(softmax(f4(*x)))) for x in ((0, 2, 0), (0, 0, 0), (0, 0, 0.5))]
+    expected = dict(zip(("n0", "n1", "n2"), own, strict=True))
+    assert decision.entropies == pytest.approx(expected, abs=1e-6)
+    assert [message.kind for _, message in fleet.sent] == [MessageKind.SCORES] * 3
+
+
+def test_scores_travel_as_the_model_stores_them() -> None:
+    fleet = Engines(averaging(LAST), LEANING)
+    fleet.ask(7)
+    assert [message.values.dtype for _, message in fleet.sent] == [np.int8] * 3  # type: ignore[union-attr]
+    assert fleet.decisions[0].bytes_received == 3 * 43
+
+
+def test_mean_beyond_its_threshold_is_dont_know_with_a_best_guess() -> None:
+    fleet = Engines(averaging(0.9), LEANING)
+    fleet.ask(7)
+    (decision,) = fleet.decisions
+    assert (decision.label, decision.best_guess, decision.entropy) == (None, "class 1", 1.0)
+
+
+def test_mean_goes_over_those_who_are_there() -> None:
+    fleet = Engines(averaging(LAST), LEANING)
+    fleet.silent = {"d1", "d2"}
+    fleet.ask(7)
+    fleet.later(1.0)
+    (decision,) = fleet.decisions
+    assert (decision.contributors, decision.missing) == (("n0",), ("n1", "n2"))
+    assert decision.label == "class 1"
+    assert (
+        decision.entropy
+        == decision.entropies["n0"]
+        == pytest.approx(float(normalized_entropy(softmax(f4(0, 2, 0)))), abs=1e-6)
+    )
 
 
 # An exit above an exit.
@@ -778,8 +844,8 @@ def test_part_after_a_blank_is_a_second_one() -> None:
     hub.request(fleet.request(7))
     header = Header(hub.plan, 7, fleet.of["d0"].boot, 0, 0)
     assert hub.part("d0", Blank(header, MessageKind.SCORES), 29) == []
-    part = TensorPart(MessageKind.SCORES, header, f4(9, 0, 0), 0, 0)
-    assert hub.part("d0", part, 52) == []
+    part = TensorPart(MessageKind.SCORES, header, np.array([21, 3, 3], np.int8), 0, 0)
+    assert hub.part("d0", part, 43) == []
     assert hub.rejected == {Refusal.DUPLICATE: 1}
 
 

@@ -106,14 +106,14 @@ def test_only_what_is_asked_for_crosses_the_wire(asked: list[tuple[Pending, Deci
         # (tier, kind): messages, payload bytes, content bytes
         wanted: dict[tuple[int | None, str], tuple[int, int, int]] = {(None, "request"): (1, 40, 0)}
         if seeing:
-            wanted[0, "scores"] = (seeing, 52 * seeing, 12 * seeing)
+            wanted[0, "scores"] = (seeing, 43 * seeing, 3 * seeing)
         blanks, edge_blanks = blind, 0
         if decision.tier > 1:
             wanted[1, "escalation"] = (1, 29, 0)
             blanks, edge_blanks = 2 * blind, 2 - groups
             if seeing:
                 wanted[0, "features"] = (seeing, 42 * seeing, 2 * seeing)
-                wanted[2, "scores"] = (groups, 52 * groups, 12 * groups)
+                wanted[2, "scores"] = (groups, 43 * groups, 3 * groups)
         if decision.tier > 3:
             wanted[3, "escalation"] = (1, 29, 0)
             edge_blanks *= 2
@@ -194,7 +194,7 @@ def test_infer_triggers_a_sample_and_prints_what_it_cost(tiers: Tiers) -> None:
     assert (printed["label"], printed["tier"]) == (EXPECTED[sample].label, 4)
     traffic = printed["traffic"]
     seeing = int(VIEWS[sample].any(axis=(1, 2, 3)).sum())
-    assert traffic["content_bytes"] == seeing * (12 + 2) + 2 * (12 + 1)
+    assert traffic["content_bytes"] == seeing * (3 + 2) + 2 * (3 + 1)
     assert traffic["payload_bytes"] == sum(
         row["payload_bytes"] for row in traffic["messages"] if row["tier"] is not None
     )

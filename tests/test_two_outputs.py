@@ -250,7 +250,7 @@ def test_sure_exit_leaves_the_features_where_they_are() -> None:
     fleet.ask(7)
     assert (fleet.decisions[0].tier, fleet.decisions[0].label) == (1, "class 0")
     assert [message.kind for _, message in fleet.sent] == [MessageKind.SCORES] * 2
-    assert all(message.values.dtype == np.float32 for _, message in fleet.sent)  # type: ignore[union-attr]
+    assert all(message.values.dtype == np.int8 for _, message in fleet.sent)  # type: ignore[union-attr]
 
 
 def test_unsure_exit_brings_the_features_as_bits() -> None:

@@ -167,10 +167,11 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class TensorPart:
-    """Scores or features that one piece sends up; `kind` says which.
+    """Scores or features that one node sends up; `kind` says which.
 
     Attributes:
-        values: uint8, int8, float32 or bool array, at most 8 axes.
+        values: As the piece's model stores them, for the manifest to turn into real numbers; what
+            a node has fused is float32. uint8, int8, float32 or bool array, at most 8 axes.
     """
 
     kind: Literal[MessageKind.SCORES, MessageKind.FEATURES]
@@ -457,7 +458,8 @@ class Decision(Contract):
             class that only missing nodes answer: then it is what the others' votes are for.
         entropy: Normalized entropy behind the label (1 = don't know).
         tier: Tier of the exit that answered.
-        entropies: Normalized entropy by node, of those that sent one.
+        entropies: Normalized entropy by node, of those that sent an answer, or scores over all
+            classes.
         contributors: Nodes whose parts are in the decision.
         missing: Nodes that were expected and did not answer by the deadline.
         blank: Nodes that said that they have nothing, for want of anything to see.

@@ -146,10 +146,17 @@ class Node(Contract):
 
 
 class Exit(Contract):
-    """A tier may answer when the normalized entropy of what it fused is at or below a threshold."""
+    """A tier may answer when the normalized entropy of what it fused is at or below a threshold.
+
+    Attributes:
+        dont_know_threshold: Where its node decides by scores: largest normalized entropy of what it
+            fused that gets a label. Beyond it the tier answers "don't know", with a best guess.
+            Pieces that answer have thresholds of their own.
+    """
 
     tier: Annotated[int, Field(ge=0, le=255)]
     threshold: Entropy
+    dont_know_threshold: Entropy = 1.0
 
 
 class Strategy(Contract):

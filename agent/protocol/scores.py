@@ -307,6 +307,40 @@ def exits(entropies: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]
     return np.asarray(entropies, np.float32) <= np.float32(threshold)
 
 
+@dataclass(frozen=True)
+class Decided:
+    """What scores over all classes say about N inputs.
+
+    Attributes:
+        classes: (N,) int64, the likeliest class, also where it is not known.
+        entropies: (N,) float32 normalized entropy, 1.0 where it is not known.
+        known: (N,) bool, False = don't know.
+    """
+
+    classes: NDArray[np.int64]
+    entropies: NDArray[np.float32]
+    known: NDArray[np.bool_]
+
+
+def decide(scores: ArrayLike, dont_know_threshold: float) -> Decided:
+    """The decision of who fused scores over all classes: the likeliest, or don't know.
+
+    Of equally likely classes the lowest is decided.
+
+    Args:
+        scores: (N, C) logits, C >= 2.
+        dont_know_threshold: Largest normalized entropy that gets a label.
+
+    Raises:
+        ScoreError: fewer than two classes, or an entry is NaN or infinite.
+    """
+    probabilities = softmax(scores)
+    entropies = normalized_entropy(probabilities)
+    classes = probabilities.argmax(axis=-1).astype(np.int64)
+    known = exits(entropies, dont_know_threshold)
+    return Decided(classes, np.where(known, entropies, np.float32(1)).astype(np.float32), known)
+
+
 LEAST_ENTROPY = 1e-6
 """Entropies below this count as certain in `entropy_features`."""
 

@@ -18,8 +18,8 @@ _HEADER = Header(plan=0, request=0, boot=0, node=0)
 
 
 def score_message_bytes(classes: int) -> int:
-    """Payload of a message with scores, header and checksum included."""
-    scores = np.zeros(classes, np.float32)
+    """Payload of a message with int8 scores, header and checksum included."""
+    scores = np.zeros(classes, np.int8)
     return len(encode(TensorPart(MessageKind.SCORES, _HEADER, scores, 0, 0)))
 
 
