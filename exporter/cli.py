@@ -449,6 +449,64 @@ def ddnn(
         click.echo(f"{name.replace('_', ' ')}: {value:.1f} B (estimated)")
 
 
+@click.group()
+def counts() -> None:
+    """Count the papers' networks, without building them: exact."""
+
+
+@counts.command()
+@click.option("--model", required=True, metavar="NAME", help="lenet, cifarnet, vgg16, ...")
+@click.option("--split", default=1, show_default=True, type=click.IntRange(1), help="Branches.")
+@click.option(
+    "--fatten",
+    default=0.0,
+    show_default=True,
+    metavar="PERCENT",
+    type=click.FloatRange(0),
+    help="How much wider each branch is than its share.",
+)
+@click.option("--classes", type=click.IntRange(2), help="Default: those of the paper's data.")
+@click.option(
+    "--merge",
+    type=click.Choice(["sum", "concat"]),
+    help="How branches are merged. Default: as the paper's counts have it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def lcp(
+    model: str, split: int, fatten: float, classes: int | None, merge: str | None, as_json: bool
+) -> None:
+    """Parameters and multiply-accumulates of a network split into branches by LCP."""
+    from agent.protocol.plan import Fusion
+    from exporter.methods.lcp.counts import split_counts
+
+    found = split_counts(
+        model,
+        split,
+        fatten=fatten / 100,
+        classes=classes,
+        merge=None if merge is None else Fusion(merge),
+    )
+    told = found.as_json()
+    if as_json:
+        click.echo(json.dumps(told))
+        return
+    rows = [
+        (
+            f"{row['times']} x {row['name']}",
+            row["op"],
+            " x ".join(map(str, row["shape"])),
+            f"{row['params']:,}",
+            f"{row['macs']:,}",
+        )
+        for row in told["layers"]
+    ]
+    _print_table(
+        ("layer", "what", "output", "parameters", "MACs"),
+        rows,
+        f"{model}, {split} branches: {found.params:,} parameters, {found.macs:,} MACs",
+    )
+
+
 def _method_options(method: str, chosen: dict[str, Any]) -> Any:
     return _ddnn_options(chosen) if method == "ddnn" else _options(chosen)
 

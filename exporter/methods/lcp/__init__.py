@@ -1,0 +1,1 @@
+"""LCP (Hadidi et al.): a network's width split into independent branches, merged once."""
