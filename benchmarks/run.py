@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import ddnn, fleet_latency, fleet_memory, fleet_soak, snn
+from benchmarks import ddnn, edgent, fleet_latency, fleet_memory, fleet_soak, snn
 from benchmarks.record import HEADER, RESULTS, ROOT, load, machine_line
 
 
@@ -65,6 +65,7 @@ GROUPS = {
         snn.draw,
     ),
     "ddnn": Group((("ddnn",),), ddnn.draw),
+    "edgent": Group((("edgent", "--keep"),), edgent.draw),
 }
 
 
@@ -74,7 +75,10 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 def with_results(readme: str) -> str:
     """The README with the tables of results/*.md between its two markers."""
-    tables = [(RESULTS / f"{name}.md").read_text().strip() for name in ("snn", "ddnn", "runtime")]
+    tables = [
+        (RESULTS / f"{name}.md").read_text().strip()
+        for name in ("snn", "ddnn", "edgent", "runtime")
+    ]
     body = "\n\n".join(table.replace("# ", "### ", 1) for table in tables)
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -1,0 +1,234 @@
+"""Which strategy a request takes: from bandwidth measured, through change points, to a choice.
+
+No threads, network or files. `ChangePoints` says when a sequence has begun to behave differently
+(Bayesian online change-point detection); `Chooser` turns bandwidths into a strategy of a table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.protocol.adaptation import CostTable, configuration_map
+
+Reals = NDArray[np.float64]
+
+LOWEST_BITS_PER_S = 1e3
+"""Below this a link counts as this slow: its logarithm has to exist."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is believed of a new run before its first value: a Normal-Gamma distribution.
+
+    Attributes:
+        mean: Where values lie.
+        weight: How many values that belief is worth.
+        shape: Half of the degrees of freedom of their precision.
+        scale: Of the precision; the typical variance is scale / shape.
+    """
+
+    mean: float = 0.0
+    weight: float = 0.1
+    shape: float = 1.0
+    scale: float = 0.1
+
+
+class ChangePoints:
+    """Where a sequence changes (Adams & MacKay 2007), a value at a time, in bounded memory.
+
+    Values of a run are normal with unknown mean and variance. With pi_r the Student-t density that
+    a run of r values predicts and H = 1/expected_run:
+
+        P(r+1) = P(r) pi_r (1 - H),    P(0) = sum_r P(r) pi_r H
+
+    Runs as long as `longest_run` or longer are one hypothesis, which forgets what is older.
+
+    Args:
+        expected_run: Mean number of values between changes, > 1.
+        longest_run: Run lengths told apart.
+        prior: Of every run.
+    """
+
+    def __init__(
+        self, *, expected_run: float = 150.0, longest_run: int = 256, prior: Prior | None = None
+    ) -> None:
+        prior = prior or Prior()
+        if not (expected_run > 1 and longest_run >= 2):
+            raise ValueError("a run is expected to last longer than one value, and at most to be 2")
+        runs = np.arange(longest_run + 1, dtype=np.float64)
+        self._hazard = 1.0 / expected_run
+        self._weight = prior.weight + runs
+        self._shape = prior.shape + runs / 2
+        log_gammas = [math.lgamma(a + 0.5) - math.lgamma(a) for a in self._shape]
+        self._constant = np.array(log_gammas) - 0.5 * math.log(math.pi)
+        self._spread = 2.0 * (self._weight + 1.0) / self._weight
+        self._forget = self._shape[-1] / (self._shape[-1] + 0.5)
+        self._prior = prior
+        self._mean = np.full(longest_run + 1, prior.mean)
+        self._scale = np.full(longest_run + 1, prior.scale)
+        self._mass = np.zeros(longest_run + 1)
+        self._mass[0] = 1.0
+        self._run = 0
+
+    @property
+    def run_length(self) -> int:
+        """Values in the likeliest current run, up to `longest_run`."""
+        return self._run
+
+    @property
+    def mean(self) -> float:
+        """Mean of the likeliest current run, the prior's part in it included."""
+        return float(self._mean[self._run])
+
+    @property
+    def run_lengths(self) -> Reals:
+        """(longest_run + 1,) float64: how probable each run length is."""
+        return self._mass.copy()
+
+    def update(self, value: float) -> bool:
+        """Take one value.
+
+        Returns:
+            Whether the run changed: the likeliest run length has dropped.
+
+        Raises:
+            ValueError: the value is not finite.
+        """
+        if not math.isfinite(value):
+            raise ValueError(f"cannot take {value}")
+        off = value - self._mean
+        squared = off * off
+        width = self._spread * self._scale
+        density = self._constant - 0.5 * np.log(width)
+        density -= (self._shape + 0.5) * np.log1p(squared / width)
+        mass = self._mass
+        live = mass > 0.0
+        density -= density[live].max()
+        grown = mass * np.exp(np.where(live, density, 0.0))
+        total = grown.sum()
+
+        after = np.empty_like(mass)
+        after[1:] = grown[:-1]
+        after[-1] += grown[-1]
+        after[1:] *= 1.0 - self._hazard
+        after[0] = total * self._hazard
+        after /= total
+        after[after < 1e-12] = 0.0  # far below what could ever be the likeliest; no denormals
+
+        gain = self._weight + 1.0
+        mean = self._mean + off / gain
+        scale = self._scale + squared * (self._weight / (2.0 * gain))
+        keeps_oldest = grown[-1] >= grown[-2]
+        oldest = (mean[-1], scale[-1] * self._forget) if keeps_oldest else (mean[-2], scale[-2])
+        self._mean[1:], self._scale[1:] = mean[:-1], scale[:-1]
+        self._mean[0], self._scale[0] = self._prior.mean, self._prior.scale
+        self._mean[-1], self._scale[-1] = oldest
+        self._mass = after
+
+        before, self._run = self._run, int(after.argmax())
+        return self._run < before
+
+    def predict(self, values: NDArray[np.float64]) -> Reals:
+        """How likely each value is to come next: the mixture over all run lengths.
+
+        Args:
+            values: (V,) float64.
+
+        Returns:
+            (V,) float64 densities.
+        """
+        likely = np.flatnonzero(self._mass > 1e-3)
+        width = (self._spread * self._scale)[likely, None]
+        density = self._constant[likely, None] - 0.5 * np.log(width)
+        off = values - self._mean[likely, None]
+        density = density - (self._shape[likely, None] + 0.5) * np.log1p(off * off / width)
+        return np.asarray(self._mass[likely] @ np.exp(density))
+
+
+def bandwidth_states(lowest: float, highest: float, count: int) -> Reals:
+    """(count,) bits/s from lowest to highest, evenly spaced in their logarithm."""
+    return np.geomspace(max(lowest, LOWEST_BITS_PER_S), highest, count)
+
+
+class Chooser:
+    """Picks a strategy for the bandwidth as it is (Edgent, Algorithm 3).
+
+    `by="state"` is the paper's: the configuration map's entry of the state that is nearest to the
+    mean of the current run. `by="expected"` takes the strategy whose reward is highest on average
+    over the bandwidths that may come next, so that a link that sometimes fails counts as one.
+    Bandwidths are compared by their logarithm.
+
+    Args:
+        table: The strategies.
+        limit_ms: The latency required.
+        states: (B,) ascending bits/s, B >= 2.
+        by: `state` or `expected`.
+        expected_run: Measurements between changes of the link.
+        at_first_bits_per_s: Believed before anything is measured; the middle state if not given.
+
+    Attributes:
+        choice: Position in the table of the strategy for the next request.
+        map: (B,) the configuration map: the best strategy in each state.
+    """
+
+    def __init__(
+        self,
+        table: CostTable,
+        limit_ms: float,
+        states: NDArray[np.float64] | Sequence[float],
+        *,
+        by: Literal["state", "expected"] = "expected",
+        expected_run: float = 30.0,
+        at_first_bits_per_s: float | None = None,
+    ) -> None:
+        self.states = np.asarray(states, np.float64)
+        if self.states.ndim != 1 or len(self.states) < 2 or (np.diff(self.states) <= 0).any():
+            raise ValueError("bandwidth states must be at least two, ascending")
+        self.map = configuration_map(table, self.states, limit_ms)
+        self._logs = np.log10(np.maximum(self.states, LOWEST_BITS_PER_S))
+        # What may come next reaches down to no link at all, whatever the states.
+        self._ahead = np.linspace(_log(0.0), self._logs[-1], 2 * len(self.states))
+        self._rewards = table.rewards(10.0**self._ahead, limit_ms)
+        self._by = by
+        first = self.states[len(self.states) // 2]
+        first = _log(first if at_first_bits_per_s is None else at_first_bits_per_s)
+        self._changes = ChangePoints(expected_run=expected_run, prior=Prior(mean=first))
+        self.choice = int(self.map[self._nearest(first)])
+
+    @property
+    def bits_per_s(self) -> float:
+        """The bandwidth as it seems to be: the mean, by logarithm, of the current run."""
+        return float(10.0**self._changes.mean)
+
+    def observe(self, bits_per_s: float) -> bool:
+        """Take a measured bandwidth.
+
+        Args:
+            bits_per_s: >= 0.
+
+        Returns:
+            Whether the choice changed.
+        """
+        self._changes.update(_log(bits_per_s))
+        before, self.choice = self.choice, self._best()
+        return self.choice != before
+
+    def _best(self) -> int:
+        nearest = int(self.map[self._nearest(self._changes.mean)])
+        if self._by == "state":
+            return nearest
+        worth = self._changes.predict(self._ahead) @ self._rewards
+        return int(worth.argmax()) if worth.max() > 0 else nearest
+
+    def _nearest(self, log_bits_per_s: float) -> int:
+        return int(np.abs(self._logs - log_bits_per_s).argmin())
+
+
+def _log(bits_per_s: float) -> float:
+    return math.log10(max(bits_per_s, LOWEST_BITS_PER_S))
