@@ -273,8 +273,8 @@ def draw() -> str:
         HEADER,
         *map(str, rows(result)),
         "",
-        "Replayed are the 40 Belgium 4G logs, simulated, a request a second or as said; mean reward "
-        "as a share of what an oracle gets that knows the future.",
+        "Replayed are the 40 Belgium 4G logs, simulated, a request a second or as said; mean "
+        "reward as a share of what an oracle gets that knows the future.",
         "Static: Algorithm 1 once, at the log's mean bandwidth. Fixed: the strategy with the "
         "highest reward at that bandwidth. In brackets: above static and above fixed, on so many "
         "of the 40.",
