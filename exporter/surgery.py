@@ -38,6 +38,8 @@ __all__ = [
     "kept_parameters",
     "mask_channels",
     "remove_channels",
+    "resized_config",
+    "sliced_weights",
     "unit_groups",
     "without_softmax",
 ]
@@ -95,7 +97,9 @@ def remove_channels(
     for call in traced.calls:
         layer = channels.graph.layer(call.name)
         reads = positions[layer.inputs[0]] if layer.inputs else positions[layer.name]
-        weights[call.name] = _slice(layer, call.layer.get_weights(), reads, positions[layer.name])
+        weights[call.name] = sliced_weights(
+            layer, call.layer.get_weights(), reads, positions[layer.name]
+        )
     return _rebuild(model, traced, channels, positions, weights)
 
 
@@ -153,7 +157,7 @@ def without_softmax(model: keras.Model) -> keras.Model:
     return _rebuild(model, traced, channels, everything, weights, linear=last.name)
 
 
-def _slice(layer: Layer, weights: Weights, reads: Ids, makes: Ids) -> Weights:
+def sliced_weights(layer: Layer, weights: Weights, reads: Ids, makes: Ids) -> Weights:
     """The weights of a layer for the channel positions that it still reads and makes."""
     if layer.flow is Flow.MAKE:
         kernel, *rest = weights
@@ -184,7 +188,7 @@ def _rebuild(
     built: dict[str, Any] = {}
     for call in traced.calls:
         layer = channels.graph.layer(call.name)
-        config = _resize(layer, call.layer.get_config(), positions)
+        config = resized_config(layer, call.layer.get_config(), positions)
         if call.name == linear:
             config["activation"] = "linear"
         fresh = type(call.layer).from_config(config)
@@ -210,7 +214,9 @@ def _rebuild(
     )
 
 
-def _resize(layer: Layer, config: dict[str, Any], positions: dict[str, Ids]) -> dict[str, Any]:
+def resized_config(
+    layer: Layer, config: dict[str, Any], positions: dict[str, Ids]
+) -> dict[str, Any]:
     """The Keras configuration of a layer that makes only the kept positions."""
     makes = positions[layer.name]
     if layer.flow is Flow.MAKE:

@@ -39,6 +39,10 @@ class FleetFileError(ShoalError):
     """The fleet file has mistakes; the message lists all of them as file:line:column."""
 
 
+class PlatformFileError(ShoalError):
+    """A platform file has mistakes; the message lists all of them as file:line:column."""
+
+
 class DataError(ShoalError):
     """A data set or an input has the wrong shape, type, classes or values."""
 
