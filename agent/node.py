@@ -13,8 +13,8 @@ sends a `Blank` in the part's place: nobody waits for it, and fusions go on with
 
 When an exit is silent. A node of a later exit escalates in place of the exits below it once all
 their devices are gone, or once those that are there have let their share of the deadline pass. An
-exit that is unsure decides all the same once the devices of all later exits are gone. Both hear of
-decisions, so that they do not go on with what has been answered.
+exit that is unsure decides all the same once the devices of all later exits are gone, or hear
+nobody any more. Both hear of decisions, so that they do not go on with what has been answered.
 
 How the deadline is shared. It is counted from the arrival of the request, on each device. Where
 nodes wait for nodes that wait, each stage has an equal share of it: the n-th of m waits until n/m.
@@ -295,7 +295,7 @@ class Engine:
         return (local for nodes in self._local for local in nodes)
 
     def _who_asks(self, local: _LocalNode) -> set[str]:
-        """Devices whose escalation may concern a node."""
+        """Devices whose escalation may concern a node, and those that later exits depend on."""
         strategy = self.manifest.plan.strategies[local.strategy]
         tiers = set(local.on_demand) | ({local.gate} if local.gate is not None else set())
         if local.exit_threshold is not None:
@@ -304,7 +304,12 @@ class Engine:
         if not tiers:
             return set()
         above = {x.tier for x in strategy.exits if x.tier >= min(tiers)}
-        return {node.device for node in strategy.nodes if node.tier in above}
+        nodes = {node.name for node in strategy.nodes if node.tier in above}
+        if local.exit_threshold is not None and not local.is_last:
+            for node in sorted(strategy.nodes, key=lambda node: -node.tier):
+                if node.name in nodes:
+                    nodes.update(node.listens_to)
+        return {strategy.node(name).device for name in nodes}
 
     # Events.
 
@@ -551,11 +556,17 @@ class Engine:
         return effects
 
     def _is_highest(self, local: _LocalNode, now_s: float) -> bool:
-        """Whether the devices of all later exits are gone."""
+        """Whether the devices of all later exits are gone, or hear nobody any more."""
         strategy = self.manifest.plan.strategies[local.strategy]
         later = {x.tier for x in strategy.exits if x.tier > local.node.tier}
-        devices = [node.device for node in strategy.nodes if node.tier in later]
-        return not any(self._roster.expected(device, now_s) for device in devices)
+
+        def awake(node: Node) -> bool:
+            heard = [strategy.node(name) for name in node.listens_to]
+            return self._roster.expected(node.device, now_s) and (
+                not heard or any(map(awake, heard))
+            )
+
+        return not any(awake(node) for node in strategy.nodes if node.tier in later)
 
     def _decide_unsure(self, local: _LocalNode, now_s: float) -> list[Effect]:
         """Decide what later exits were to decide, if they are gone now."""
@@ -811,9 +822,8 @@ class Engine:
             missing = (local.node.name,) if verdict is None and not blank else ()
         queue_us, inference_us = max(timings, key=sum, default=(0, 0))
         labels = self.manifest.plan.classes
-        guess = None
-        if verdict is not None and verdict.class_index is not None:
-            guess = labels[verdict.class_index]
+        guessed = self.manifest.plan.unseen_guess if verdict is None else verdict.class_index
+        guess = None if guessed is None else labels[guessed]
         now_s = self._clock()
         total_ms = (now_s - collection.opened_s) * 1e3
         fusion_ms = (now_s - fused_s) * 1e3 if sources else 0.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -23,7 +23,7 @@ from agent.protocol.plan import Fusion
 from benchmarks.datasets import SHARED, npz_path
 from benchmarks.record import RESULTS, circumstances, machine_line
 from exporter.cost import TierTraffic, bytes_per_sample
-from exporter.methods.ddnn.evaluate import Said, inputs_of_parts, keras_parts
+from exporter.methods.ddnn.evaluate import Said, inputs_of_parts, keras_parts, likeliest
 from exporter.methods.ddnn.exits import answered
 from exporter.methods.ddnn.network import DDNN, FUSIONS, Architecture
 from exporter.methods.ddnn.train import PAPER_WEIGHTS, Augmentation, TrainOptions, train
@@ -38,6 +38,9 @@ SWEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SHORT = {Fusion.MAX: "MP", Fusion.MEAN: "AP", Fusion.CONCAT: "CC"}
 RAW_FRAME_BYTES = 32 * 32 * 3
 EXACT_IMAGES = 1_000
+PAIRS = tuple(combinations(range(CAMERAS), 2))
+CHANCES = (0.0, 0.35, 0.5)
+"""Of device dropout, beside the default's."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,8 @@ class Judge:
 
     def __init__(self, network: DDNN, data: Data, recipe: Recipe) -> None:
         x, present, self.labels = data.test
-        self.network, self.parts = network, keras_parts(network)
+        self.network = network
+        self.parts = keras_parts(network, likeliest(data.train[2]))
         seen = np.ones_like(present) if recipe.blind else present
         self.said: Said = self.parts.listen(x, seen)
 
@@ -193,13 +197,17 @@ class Judge:
         return (right & self.said.present).mean(axis=0).tolist()
 
 
+def _key(cameras: Iterable[int]) -> str:
+    return ",".join(map(str, cameras))
+
+
 def default_run(data: Data, seed: int) -> dict[str, Any]:
     """Everything about the default network: thresholds, each lost subset, cameras one by one."""
     judge = Judge(trained(data, DEFAULT, seed), data, DEFAULT)
     exits = judge.exits()
     everybody = range(CAMERAS)
     lost = {
-        ",".join(map(str, gone)): judge.summary(gone)
+        _key(gone): judge.summary(gone)
         for count in range(1, CAMERAS)
         for gone in combinations(everybody, count)
     }
@@ -225,18 +233,36 @@ def plain_run(data: Data, recipe: Recipe, seed: int) -> dict[str, Any]:
 
 
 def unseen_run(data: Data) -> dict[str, Any]:
-    """The two cameras whose loss hides most: how many test samples nobody else sees.
+    """What each two cameras hide: samples that nobody else sees, by class, in test and training.
 
-    `least_points` is what any rule loses that names one class for all of these.
+    `least_points` is what any rule loses that names one class for these test samples, `by_training`
+    what one loses that names the most frequent class of such training samples.
     """
-    _, present, labels = data.test
-    found = []
-    for gone in combinations(range(CAMERAS), 2):
-        hidden = ~np.delete(present, gone, axis=1).any(axis=1)
-        wrong = hidden.sum() - np.bincount(labels[hidden], minlength=1).max()
-        found.append((float(wrong / len(labels)), gone, int(hidden.sum())))
-    least, gone, count = max(found)
-    return {"cameras": list(gone), "unseen": count, "of": len(labels), "least_points": least}
+    (_, seen, taught), (_, present, labels) = data.train, data.test
+    pairs = {}
+    for gone in PAIRS:
+        hidden, before = (
+            np.bincount(y[~np.delete(p, gone, axis=1).any(axis=1)], minlength=int(taught.max()) + 1)
+            for p, y in ((present, labels), (seen, taught))
+        )
+        pairs[_key(gone)] = {
+            "test": hidden.tolist(),
+            "training": before.tolist(),
+            "least_points": float((hidden.sum() - hidden.max()) / len(labels)),
+            "by_training": float((hidden.sum() - hidden[before.argmax()]) / len(labels)),
+        }
+    return {"of": len(labels), "pairs": pairs}
+
+
+def dropout_run(data: Data, chance: float, seed: int) -> dict[str, Any]:
+    """The default with another chance of device dropout: what one and two lost devices cost."""
+    recipe = replace(DEFAULT, training=TrainOptions(device_dropout=chance))
+    judge = Judge(trained(data, recipe, seed), data, recipe)
+    ones = [(i,) for i in range(CAMERAS)]
+    return {
+        **judge.summary(),
+        "lost": {_key(gone): judge.summary(gone) for gone in (*ones, *PAIRS)},
+    }
 
 
 def exact_run(data: Data) -> dict[str, Any]:
@@ -331,13 +357,21 @@ def jobs(seeds: int, only: list[str]) -> Iterator[Job]:
                 for gone in range(CAMERAS):
                     cameras = tuple(i for i in range(CAMERAS) if i != gone)
                     yield job(f"missing {gone}", split, DEFAULT, seed, cameras)
+            if "dropout" in only:
+                for chance in CHANCES:
+                    yield (
+                        f"dropout {chance:g}|{split}|{seed}",
+                        lambda s=split, c=chance, n=seed: dropout_run(data[s], c, n),
+                    )
     if "tiles" in only:
         quick = replace(DEFAULT, training=TrainOptions(epochs=20))
         for name in ("mnist", "cifar10"):
             yield f"tiles {name}|-|0", lambda n=name: plain_run(tiles(n), quick, 0)
 
 
-KINDS = ["unseen", "default", "exact", "table1", "filters", "ablation", "missing", "tiles"]
+KINDS = [
+    *("unseen", "default", "exact", "table1", "filters", "ablation", "missing", "dropout", "tiles")
+]
 
 
 def read() -> dict[str, Any]:

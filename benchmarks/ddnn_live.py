@@ -1,10 +1,13 @@
 """A DDNN fleet live on the test views: does it decide, exit and send as the offline table says?
 
-    python -m benchmarks.ddnn_live BUNDLE DATA.npz[#SPLIT] [--lose DEVICE]
+    python -m benchmarks.ddnn_live BUNDLE DATA.npz[#SPLIT] [--lose DEVICE ... | --lose each]
+                                   [--keep NAME]
 
 Starts every device of the bundle (sensors as its fleet file says, each a recording of all samples)
-around a private broker, triggers each test sample, and compares with the bundle's figures. With
---lose the device is killed after half of the samples, while the fleet runs.
+around a private mosquitto, triggers each test sample, and compares every decision and every message
+with scores or features with what the bundle's pieces say offline. With --lose the fleet is started
+once more for each device, which is killed while a request is under way after half of the samples.
+--keep writes benchmarks/results/ddnn_live.json, whose table `python -m benchmarks.run` draws.
 """
 
 from __future__ import annotations
@@ -13,15 +16,189 @@ import argparse
 import json
 import os
 import signal
+import sys
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from agent.ask import Asker
+from agent.fuse import fuse_tensors
+from agent.protocol.fleet import load_fleet
+from agent.protocol.manifest import Manifest, read_manifest
+from agent.protocol.messages import Decision, Header, MessageKind, TensorPart, encode
+from agent.protocol.plan import FRAME, Node, Output
+from agent.protocol.quantization import dequantize, from_bits, to_bits
+from agent.protocol.scores import normalized_entropy, softmax
+from agent.runtime import LoadedPiece, load_piece
+from agent.sensor import ReadSensor, open_sensor
+from agent.traffic import Traffic, content_bytes
 from agent.up import FleetProcesses
+from benchmarks.record import circumstances, load, machine_line, save
+
+NAME = "ddnn_live"
+EACH = "each"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the fleet must decide on one sample, and send.
+
+    Attributes:
+        label: None where nobody who is there sees anything.
+        guess: Likeliest class, also then.
+        tier: Whose exit answers.
+        sent: (tier, kind) -> messages, payload bytes, content bytes; scores and features alone.
+    """
+
+    label: str | None
+    guess: str | None
+    tier: int
+    sent: dict[tuple[int, str], tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a node has: real numbers, and its messages as they would be sent."""
+
+    scores: np.ndarray | None
+    features: np.ndarray | None
+    messages: dict[MessageKind, TensorPart]
+
+
+class Offline:
+    """The bundle's pieces and plan by their definitions: no requests, no messages, no clock.
+
+    Args:
+        bundle: Its folder.
+    """
+
+    def __init__(self, bundle: Path) -> None:
+        self.manifest: Manifest = read_manifest(bundle)
+        self.strategy = self.manifest.plan.strategies[0]
+        fleet = load_fleet(bundle / "fleet.yaml")
+        self._pieces: dict[str, LoadedPiece] = {}
+        self._sensors: dict[str, ReadSensor] = {}
+        for node in self.strategy.nodes:
+            if node.piece is None:
+                continue
+            device = fleet.device(node.device)
+            takes_frame = FRAME in self.manifest.plan.piece(node.piece).inputs
+            entry, frame = self.manifest.entry(node.piece), self.manifest.frame
+            self._pieces[node.name] = load_piece(
+                bundle, entry, frame if takes_frame else None, device.runtime
+            )
+            if takes_frame:
+                assert device.sensor is not None
+                self._sensors[node.name] = open_sensor(device.sensor, frame, bundle)
+        self._first: dict[int, dict[str, _Said]] = {}
+
+    def decide(self, sample: int, lost: frozenset[str] = frozenset()) -> Expected:
+        """What comes of one sample when some devices are gone."""
+        if sample not in self._first:
+            self._first[sample] = {
+                name: self._said(self.strategy.node(name), np.asarray(frame))
+                for name, read in self._sensors.items()
+                if (frame := read(sample)) is not None
+            }
+        nodes = sorted(self.strategy.nodes, key=lambda node: node.tier)
+        alive = [node for node in nodes if node.device not in lost]
+        said = {n.name: self._first[sample][n.name] for n in alive if n.name in self._first[sample]}
+        for node in alive:
+            if node.listens_to and (told := self._fused(node, said)) is not None:
+                said[node.name] = told
+        awake: set[str] = set()
+        for node in alive:
+            if not node.listens_to or awake & set(node.listens_to):
+                awake.add(node.name)
+        exits = [
+            (x.threshold, node)
+            for x in self.strategy.exits
+            for node in alive
+            if node.tier == x.tier and node.name in awake
+        ]
+        labels = self.manifest.plan.classes
+        for place, (threshold, node) in enumerate(exits):
+            here = said.get(node.name)
+            last = place == len(exits) - 1
+            if here is not None and here.scores is not None:
+                probabilities = softmax(here.scores.reshape(-1))
+                if last or normalized_entropy(probabilities) <= np.float32(threshold):
+                    label = labels[int(probabilities.argmax())]
+                    return Expected(label, label, node.tier, self._sent(said, node.tier))
+            elif last:
+                guess = self.manifest.plan.unseen_guess
+                name = None if guess is None else labels[guess]
+                return Expected(None, name, node.tier, self._sent(said, node.tier))
+        raise ValueError(f"nobody is left to decide without {', '.join(sorted(lost))}")
+
+    def _said(self, node: Node, values: np.ndarray) -> _Said:
+        assert node.piece is not None
+        piece = self.manifest.plan.piece(node.piece)
+        entry = self.manifest.entry(node.piece)
+        outputs = self._pieces[node.name].run_outputs(values)
+        header = Header(0, 0, 0, 0, 0)
+        scores = features = None
+        messages = {}
+        if Output.SCORES in piece.outputs:
+            scores = dequantize(outputs[0], entry.output)
+            messages[MessageKind.SCORES] = TensorPart(MessageKind.SCORES, header, outputs[0], 0, 0)
+        if Output.FEATURES in piece.outputs:
+            spec, stored = entry.tensor(Output.FEATURES), outputs[-1]
+            sent = stored if spec.levels is None else to_bits(stored, spec)
+            features = dequantize(stored, spec) if spec.levels is None else from_bits(sent, spec)
+            messages[MessageKind.FEATURES] = TensorPart(MessageKind.FEATURES, header, sent, 0, 0)
+        return _Said(scores, features, messages)
+
+    def _fused(self, node: Node, said: dict[str, _Said]) -> _Said | None:
+        heard, shapes = {}, []
+        for position, name in enumerate(node.listens_to):
+            sender = self.strategy.node(name)
+            assert sender.piece is not None
+            scores = node.takes == Output.SCORES.value
+            output = Output.SCORES if scores else Output.FEATURES
+            shapes.append(self.manifest.entry(sender.piece).tensor(output).shape[1:])
+            if name in said:
+                told = said[name].scores if scores else said[name].features
+                assert told is not None
+                heard[position] = told
+        if not heard:
+            return None
+        assert node.fusion is not None
+        fused = fuse_tensors(node.fusion, heard, shapes)
+        return _Said(fused, None, {}) if node.piece is None else self._said(node, fused)
+
+    def _sent(
+        self, said: dict[str, _Said], decided: int
+    ) -> dict[tuple[int, str], tuple[int, int, int]]:
+        """Messages to other devices when the exit of a tier decides: what is asked for by then."""
+        total: dict[tuple[int, str], tuple[int, int, int]] = {}
+        for node in self.strategy.nodes:
+            if node.name not in said or self._gate(node) >= decided:
+                continue
+            for kind, message in said[node.name].messages.items():
+                if any(
+                    node.name in x.listens_to
+                    and x.device != node.device
+                    and x.takes == kind.name.lower()
+                    and self._gate(x) < decided
+                    for x in self.strategy.nodes
+                ):
+                    key, size = (node.tier, kind.name.lower()), len(encode(message))
+                    messages, payload, content = total.get(key, (0, 0, 0))
+                    total[key] = (
+                        messages + 1,
+                        payload + size,
+                        content + content_bytes(message, size),
+                    )
+        return total
+
+    def _gate(self, node: Node) -> int:
+        """The highest exit below a node's tier; -1 if there is none."""
+        return max((x.tier for x in self.strategy.exits if x.tier < node.tier), default=-1)
 
 
 def test_samples(source: str) -> tuple[np.ndarray, np.ndarray]:
@@ -35,53 +212,189 @@ def test_samples(source: str) -> tuple[np.ndarray, np.ndarray]:
         return index, archive["label"][index]
 
 
-def measure(bundle: Path, source: str, lose: str | None) -> dict[str, Any]:
-    """Trigger every test sample once."""
+@dataclass(frozen=True)
+class Asked:
+    """One sample, what was decided and what crossed the wire for it.
+
+    Attributes:
+        compared: False for the request that was under way when a device was killed.
+    """
+
+    sample: int
+    label: int
+    decision: Decision
+    traffic: tuple[Traffic, ...]
+    expected: Expected
+    compared: bool = True
+
+    @property
+    def differs(self) -> bool:
+        """Whether class or exit is not the one that was computed offline."""
+        said = (self.decision.label, self.decision.best_guess, self.decision.tier)
+        return said != (self.expected.label, self.expected.guess, self.expected.tier)
+
+    @property
+    def sent(self) -> dict[tuple[int, str], tuple[int, int, int]]:
+        """As `Expected.sent`."""
+        return {
+            (row.tier, row.kind): (row.messages, row.payload_bytes, row.content_bytes)
+            for row in self.traffic
+            if row.tier is not None and row.kind in ("scores", "features")
+        }
+
+
+def ask_all(bundle: Path, source: str, lose: str | None, most: int | None = None) -> list[Asked]:
+    """Trigger every test sample once (or the first so many), and compute it offline too.
+
+    Args:
+        bundle: Its folder.
+        source: The recording, `#` and a part of the name of its index.
+        lose: Device to kill while the middle one of the requests is under way.
+        most: How many samples at most.
+    """
     index, labels = test_samples(source)
-    with ExitStack() as stack:
-        fleet = stack.enter_context(FleetProcesses(bundle, private_broker=True))
+    index, labels = index[:most], labels[:most]
+    offline, asked = Offline(bundle), []
+    lost = frozenset[str]()
+    with FleetProcesses(bundle, private_broker=True) as fleet:
         fleet.wait_ready(120)
         manifest, target = fleet.target.manifest, fleet.target
         assert manifest is not None
-        asker = stack.enter_context(Asker(manifest, target.fleet, target.broker, measure=True))
-        classes = manifest.plan.classes
-        right, tiers = [], Counter[int]()
-        sent, content = Counter[str](), Counter[str]()
-        missing = 0
-        for done, (sample, label) in enumerate(zip(index, labels, strict=True)):
-            if lose is not None and done == len(index) // 2:
-                os.kill(fleet.pid(lose), signal.SIGKILL)
-            pending = asker.submit(None, sample=int(sample))
-            decision = pending.result()
-            right.append((decision.label or decision.best_guess) == classes[label])
-            tiers[decision.tier] += 1
-            missing += bool(decision.missing)
-            for row in pending.traffic:
-                sent[row.kind] += row.payload_bytes
-                content[row.kind] += row.content_bytes
-    first = manifest.plan.strategies[0].exits[0].tier
+        with Asker(manifest, target.fleet, target.broker, measure=True) as asker:
+            for done, (sample, label) in enumerate(zip(index, labels, strict=True)):
+                killed = lose is not None and done == len(index) // 2
+                pending = asker.submit(None, sample=int(sample))
+                if killed and lose is not None:
+                    os.kill(fleet.pid(lose), signal.SIGKILL)
+                    lost = frozenset({lose})
+                decision = pending.result()
+                expected = offline.decide(int(sample), lost)
+                asked.append(
+                    Asked(int(sample), int(label), decision, pending.traffic, expected, not killed)
+                )
+    return asked
+
+
+def summary(asked: Sequence[Asked], classes: Sequence[str], first: int) -> dict[str, Any]:
+    """Accuracy, share of the first exit and bytes per sample, live and offline, and differences.
+
+    Args:
+        asked: All samples.
+        classes: The plan's.
+        first: Tier of the lowest exit.
+    """
+    count = len(asked)
+
+    def figures(named: Iterable[str | None], tiers: Iterable[int], sent: Iterable[Any]) -> Any:
+        total: Counter[str] = Counter()
+        for one in sent:
+            for (_, kind), (_, payload, content) in one.items():
+                total[f"{kind} payload"] += payload
+                total[f"{kind} content"] += content
+        pairs = zip(named, (classes[x.label] for x in asked), strict=True)
+        return {
+            "accuracy": sum(a == b for a, b in pairs) / count,
+            "local_exit_share": sum(tier == first for tier in tiers) / count,
+            "bytes": {key: total[key] / count for key in sorted(total)},
+        }
+
+    compared = [x for x in asked if x.compared]
     return {
-        "samples": len(index),
-        "accuracy": float(np.mean(right)),
-        "accuracy_offline": manifest.figures["accuracy_fleet"].value,
-        "local_exit_share": tiers[first] / len(index),
-        "local_exit_share_offline": manifest.figures["local_exit_share"].value,
-        "decisions_with_somebody_missing": missing,
-        "payload_bytes_per_sample": {k: round(v / len(index), 2) for k, v in sent.items()},
-        "content_bytes_per_sample": {k: round(v / len(index), 2) for k, v in content.items()},
-        "lost": lose,
+        "samples": count,
+        "live": figures(
+            (x.decision.best_guess for x in asked),
+            (x.decision.tier for x in asked),
+            (x.sent for x in asked),
+        ),
+        "offline": figures(
+            (x.expected.guess for x in asked),
+            (x.expected.tier for x in asked),
+            (x.expected.sent for x in asked),
+        ),
+        "decisions_that_differ": sum(x.differs for x in compared),
+        "messages_that_differ": sum(x.sent != x.expected.sent for x in compared),
+        "somebody_missing": sum(bool(x.decision.missing) for x in asked),
+        "slowest_ms": round(max(x.decision.latency.total_ms for x in asked), 1),
     }
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def measure(bundle: Path, source: str, lose: str | None) -> dict[str, Any]:
+    """All of it for one fleet."""
+    manifest = read_manifest(bundle)
+    asked = ask_all(bundle, source, lose)
+    first = manifest.plan.strategies[0].exits[0].tier
+    classes = manifest.plan.classes
+    result = {"lost": lose, **summary(asked, classes, first)}
+    if lose is not None:
+        after = asked[len(asked) // 2 :]
+        result["after"] = summary(after, classes, first)
+    else:
+        result["table"] = {
+            name: manifest.figures[name].value for name in ("accuracy_fleet", "local_exit_share")
+        }
+    return result
+
+
+def draw() -> list[str]:
+    """Table of results/ddnn_live.json, Markdown lines."""
+    kept = load(NAME)
+    lines = [
+        "Live: six camera processes, hub, edge and cloud around a mosquitto, every test view "
+        "triggered once. *Differ*: decisions (class, guess, exit) and samples whose messages are "
+        "not those computed offline. With a device killed at half-time: the samples after it.",
+        "",
+        "| fleet | killed | samples | accuracy live / offline | local exit live / offline | "
+        "scores and features sent, live / offline | differ |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for fleet, runs in kept["fleets"].items():
+        for run in runs:
+            part = run.get("after", run)
+            live, offline = part["live"], part["offline"]
+
+            def total(said: dict[str, Any]) -> str:
+                sent = sum(v for key, v in said["bytes"].items() if key.endswith("content"))
+                return f"{sent:.1f} B"
+
+            lines.append(
+                f"| {fleet} | {run['lost'] or '-'} | {part['samples']} "
+                f"| {100 * live['accuracy']:.2f} / {100 * offline['accuracy']:.2f} % "
+                f"| {100 * live['local_exit_share']:.2f} / "
+                f"{100 * offline['local_exit_share']:.2f} % "
+                f"| {total(live)} / {total(offline)} "
+                f"| {part['decisions_that_differ']}, {part['messages_that_differ']} |"
+            )
+    return [*lines, "", f"Measured at {machine_line(kept)}."]
+
+
+def main() -> int:
+    """Measure and print; 1 where something differs."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("data")
-    parser.add_argument("--lose", metavar="DEVICE")
+    parser.add_argument("--lose", nargs="+", metavar="DEVICE", help="or: each")
+    parser.add_argument("--keep", metavar="NAME", help="of the fleet, in results/ddnn_live.json")
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.bundle, arguments.data, arguments.lose), indent=1))
+    lost: list[str | None] = [None]
+    if arguments.lose == [EACH]:
+        nodes = read_manifest(arguments.bundle).plan.strategies[0].nodes
+        lost += dict.fromkeys(node.device for node in nodes)
+    elif arguments.lose:
+        lost = list(arguments.lose)
+    runs = []
+    for device in lost:
+        runs.append(measure(arguments.bundle, arguments.data, device))
+        print(json.dumps(runs[-1], indent=1), flush=True)
+    if arguments.keep:
+        try:
+            kept = load(NAME)
+        except FileNotFoundError:
+            kept = {"fleets": {}}
+        kept["fleets"][arguments.keep] = runs
+        kept["circumstances"] = circumstances("paho-mqtt", "ai-edge-litert", "tflite-micro")
+        save(NAME, kept)
+    return int(any(x["decisions_that_differ"] or x["messages_that_differ"] for x in runs))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -174,6 +174,15 @@ def _ddnn_inputs(command: F) -> F:
             "point of the best accuracy.",
         ),
         click.option(
+            "--exit-threshold",
+            "exit_thresholds",
+            multiple=True,
+            type=click.FloatRange(0, 1),
+            metavar="T",
+            help="ddnn: exit at this normalized entropy instead of choosing one (the paper: 0.8); "
+            "once for each exit below the last.",
+        ),
+        click.option(
             "--max-bytes",
             type=click.FloatRange(0),
             help="ddnn: the most that one device may send per sample on average.",
@@ -532,6 +541,7 @@ def _ddnn_options(chosen: dict[str, Any]) -> Any:
             goal=Goal(chosen["exits"]),
             max_bytes=chosen["max_bytes"],
             max_latency_ms=chosen["max_latency"],
+            thresholds=chosen["exit_thresholds"] or None,
         ),
         seed=chosen["seed"],
     )

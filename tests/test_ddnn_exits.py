@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.protocol.errors import PlanDoesNotFit
+from agent.protocol.errors import DataError, PlanDoesNotFit
 from exporter.methods.ddnn.exits import Bounds, Goal, Operation, answered, choose, sweep
 
 SURE, UNSURE = [9.0, 0.0, 0.0], [0.4, 0.3, 0.3]
@@ -56,6 +56,14 @@ def test_sweep_of_two_exits_tries_every_pair() -> None:
     assert len({x.thresholds for x in curve}) == 9
 
 
+def test_given_thresholds_join_the_grid() -> None:
+    curve = sweep(SCORES, LABELS, lambda s: 0.0, lambda s: 0.0, grid=(0.0, 1.0), given=(0.42,))
+
+    assert [x.thresholds for x in curve] == [(0.0,), (0.42,), (1.0,)]
+    with pytest.raises(DataError, match="2 exit thresholds for 1 exits"):
+        sweep(SCORES, LABELS, lambda s: 0.0, lambda s: 0.0, given=(0.4, 0.4))
+
+
 CURVE = [
     Operation((0.2,), (0.1,), 0.98, 100.0, 9.0),
     Operation((0.4,), (0.3,), 0.99, 80.0, 8.0),
@@ -74,6 +82,7 @@ CURVE = [
         (Bounds(goal=Goal.BYTES, max_drop=0.5), 0.8),
         (Bounds(goal=Goal.BYTES, max_drop=10), 1.0),
         (Bounds(goal=Goal.LATENCY, max_drop=0.1), 0.6),
+        (Bounds(thresholds=(0.2,)), 0.2),
     ],
 )
 def test_thresholds_are_chosen_by_the_goal_within_the_bounds(

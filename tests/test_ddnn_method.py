@@ -164,6 +164,20 @@ def test_fleet_decides_without_a_lost_device(bundle: Path) -> None:
     assert right >= figure(live.manifest, "accuracy_fleet_one_lost") - 1e-9
 
 
+def test_where_nobody_is_left_who_sees_the_most_frequent_class_is_guessed(bundle: Path) -> None:
+    live = Watching(bundle)
+    for i in range(4):
+        live.tell_offline(f"cam-{i}")
+
+    decision = live.decide(0)
+
+    seen = np.bincount(LABELS[:300])
+    most = int((seen - (0.2 * seen).astype(int)).argmax())  # a fifth is held out
+    assert live.manifest.plan.unseen_guess == most
+    assert (decision.best_guess, decision.label) == (live.manifest.plan.classes[most], None)
+    assert decision.entropy == 1.0
+
+
 def test_blocks_are_verified_to_the_bit_and_come_packed_too(bundle: Path) -> None:
     manifest = read_manifest(bundle)
 

@@ -142,6 +142,7 @@ def test_strategy(changes: dict[str, Any], rule: str) -> None:
         ({"pieces": [{**PIECE, "name": "other"}]}, "runs 'snn-0', which does not exist"),
         ({"strategies": []}, "at least 1 item"),
         ({"strategies": [STRATEGY, STRATEGY]}, "strategy names repeat"),
+        ({"unseen_guess": 3}, "beyond the 3 labels"),
     ],
 )  # fmt: skip
 def test_plan(changes: dict[str, Any], rule: str) -> None:

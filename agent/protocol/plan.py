@@ -219,6 +219,8 @@ class Plan(Contract):
         classes: Class labels; a class index anywhere points into this.
         pieces: Every model of the plan.
         strategies: The ways to run it; a device picks one per request.
+        unseen_guess: Class that is guessed, as not known, where nobody who is there sees anything:
+            who is lost may have. None: nothing is guessed.
     """
 
     format: Literal[1] = 1
@@ -226,6 +228,7 @@ class Plan(Contract):
     classes: tuple[str, ...] = Field(min_length=2, max_length=0xFFFE)
     pieces: tuple[Piece, ...] = Field(min_length=1)
     strategies: tuple[Strategy, ...] = Field(min_length=1)
+    unseen_guess: Annotated[int, Field(ge=0, lt=0xFFFF)] | None = None
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Self:
@@ -246,6 +249,8 @@ class Plan(Contract):
                 problems.append(
                     f"piece {piece.name!r} names a class beyond the {len(self.classes)} labels"
                 )
+        if self.unseen_guess is not None and self.unseen_guess >= len(self.classes):
+            problems.append(f"unseen_guess is beyond the {len(self.classes)} labels")
         used = set()
         for strategy in self.strategies:
             for node in strategy.nodes:

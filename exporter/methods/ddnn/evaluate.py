@@ -17,6 +17,8 @@ from agent.protocol.plan import Fusion
 from .network import CLOUD, DDNN, EDGE_EXIT, LOCAL, Architecture, Floats, Votes, fuse
 
 BATCH = 256
+_HARDLY = 1e-3
+"""Score of a mere guess."""
 
 RunPart = Callable[[str, Floats], tuple[Floats | None, Floats]]
 """(part, inputs) -> its features, None where it has none, and its scores (N, C)."""
@@ -44,10 +46,12 @@ class Assembled:
     Attributes:
         architecture: Of the network.
         run: Runs one part, by its name in `network.DDNN.parts`.
+        unseen_guess: As of the plan: the class of samples that nobody who is heard sees.
     """
 
     architecture: Architecture
     run: RunPart
+    unseen_guess: int | None = None
 
     def listen(self, frames: NDArray[Any], present: Votes) -> Said:
         """Run every device's block on the views that it sees.
@@ -87,6 +91,11 @@ class Assembled:
             exits["edge"] = self._joined(edges.scores, awake, EDGE_EXIT)
             features, heard = edges.features, awake
         exits["cloud"] = self.run(CLOUD, fuse(a.feature_fusion, features, heard))[1]
+        silent = ~heard.any(axis=1)
+        for scores in exits.values() if silent.any() else ():
+            scores[silent] = 0
+            if self.unseen_guess is not None:
+                scores[silent, self.unseen_guess] = _HARDLY
         return exits
 
     def _tell(self, said: Said, sender: int, rows: NDArray[np.int64], name: str, x: Floats) -> None:
@@ -111,6 +120,11 @@ def _nothing(a: Architecture, votes: Votes, shape: tuple[int, ...]) -> Said:
     )
 
 
+def likeliest(labels: NDArray[np.int64]) -> int:
+    """What to guess where nobody sees anything: the class that is most frequent."""
+    return int(np.bincount(labels).argmax())
+
+
 def forward(model: Any, x: Floats) -> list[Floats]:
     """Outputs of a Keras model in inference, each (N, ...) float32."""
     chunks = []
@@ -122,7 +136,7 @@ def forward(model: Any, x: Floats) -> list[Floats]:
     ]
 
 
-def keras_parts(network: DDNN) -> Assembled:
+def keras_parts(network: DDNN, unseen_guess: int | None = None) -> Assembled:
     """A network as it was trained."""
     parts = {part.name: part for part in network.parts}
 
@@ -130,7 +144,7 @@ def keras_parts(network: DDNN) -> Assembled:
         told = forward(parts[name], x)
         return (told[0], told[1]) if len(told) > 1 else (None, told[0])
 
-    return Assembled(network.architecture, run)
+    return Assembled(network.architecture, run, unseen_guess)
 
 
 def inputs_of_parts(network: DDNN, frames: NDArray[Any], present: Votes) -> Mapping[str, Floats]:

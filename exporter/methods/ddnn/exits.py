@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.protocol.errors import PlanDoesNotFit
+from agent.protocol.errors import DataError, PlanDoesNotFit
 from agent.protocol.scores import exits, normalized_entropy, softmax
 
 Floats = NDArray[np.float32]
@@ -42,12 +42,14 @@ class Bounds:
         max_drop: See `goal`.
         max_bytes: Largest mean payload that one device sends per sample.
         max_latency_ms: Largest estimated mean time on the wire.
+        thresholds: Of each exit but the last, where they are given and nothing is to be chosen.
     """
 
     goal: Goal = Goal.ACCURACY
     max_drop: float = 0.5
     max_bytes: float | None = None
     max_latency_ms: float | None = None
+    thresholds: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def sweep(
     bytes_per_sample: Cost,
     latency_ms: Cost,
     grid: Sequence[float] = THRESHOLDS,
+    given: Sequence[float] | None = None,
 ) -> list[Operation]:
     """Every combination of thresholds of a grid, one threshold an exit but the last.
 
@@ -127,10 +130,22 @@ def sweep(
         bytes_per_sample: What one device sends on average, from the exits' shares.
         latency_ms: The same for the time on the wire.
         grid: Thresholds.
+        given: One more combination.
+
+    Raises:
+        DataError: as many thresholds as exits but the last must be given.
     """
     values, unsure = list(scores.values()), entropies(scores)
+    combinations = set(product(grid, repeat=len(unsure)))
+    if given is not None:
+        if len(given) != len(unsure):
+            raise DataError(
+                f"{len(given)} exit thresholds for {len(unsure)} exits below the last",
+                f"give one for each of: {', '.join(list(scores)[:-1]) or 'none'}",
+            )
+        combinations.add(tuple(given))
     operations = []
-    for thresholds in product(grid, repeat=len(unsure)):
+    for thresholds in sorted(combinations):
         said = _answered(values, unsure, thresholds)
         shares = said.shares(len(values))
         operations.append(
@@ -154,7 +169,8 @@ def choose(operations: Sequence[Operation], bounds: Bounds) -> Operation:
     fitting = [
         x
         for x in operations
-        if (bounds.max_bytes is None or x.bytes_per_sample <= bounds.max_bytes)
+        if (bounds.thresholds is None or x.thresholds == bounds.thresholds)
+        and (bounds.max_bytes is None or x.bytes_per_sample <= bounds.max_bytes)
         and (bounds.max_latency_ms is None or x.latency_ms <= bounds.max_latency_ms)
     ]
     if not fitting:

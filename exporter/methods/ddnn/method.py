@@ -22,7 +22,7 @@ from exporter.quantize.native_stderr import start_tensorflow
 
 from ..face import Design, Progress, RunPiece, Settled, TrainedPiece, WrittenPiece
 from . import traffic
-from .evaluate import Assembled, inputs_of_parts
+from .evaluate import Assembled, inputs_of_parts, likeliest
 from .exits import answered, choose, sweep
 from .network import CLOUD, DDNN, EDGE_EXIT, LOCAL, Architecture, Floats, Votes
 from .options import DdnnOptions
@@ -62,6 +62,7 @@ class _Facts:
     architecture: Architecture
     validation: Views
     test: Views
+    unseen_guess: int
 
 
 class DDNNMethod:
@@ -104,7 +105,14 @@ class DDNNMethod:
         pieces = _pieces(network, roles, names, training, options)
         return Design(
             pieces=pieces,
-            facts=_Facts(roles, names, architecture, validation, views_of(data, data.test, roles)),
+            facts=_Facts(
+                roles,
+                names,
+                architecture,
+                validation,
+                views_of(data, data.test, roles),
+                likeliest(training.labels),
+            ),
             frame=FrameSpec(
                 shape=data.frame.shape,
                 dtype="uint8",
@@ -128,7 +136,8 @@ class DDNNMethod:
         exported = _exported(facts, run)
         held = facts.validation
         validation = exported.exits(exported.listen(held.frames, held.present))
-        operations = sweep(validation, held.labels, costs.device_bytes, costs.wire_ms)
+        given = options.exits.thresholds
+        operations = sweep(validation, held.labels, costs.device_bytes, costs.wire_ms, given=given)
         chosen = choose(operations, options.exits)
         said = exported.listen(facts.test.frames, facts.test.present)
         test = exported.exits(said)
@@ -139,6 +148,7 @@ class DDNNMethod:
             strategies=(
                 strategy(roles, names, a.score_fusion, a.feature_fusion, chosen.thresholds),
             ),
+            unseen_guess=facts.unseen_guess,
         )
 
         def without(votes: Votes) -> NDArray[np.int64]:
@@ -313,4 +323,4 @@ def _exported(facts: _Facts, run: RunPiece) -> Assembled:
         features = run(pieces[part], x, FEATURES) if both else None
         return features, run(pieces[part], x)
 
-    return Assembled(a, run_part)
+    return Assembled(a, run_part, facts.unseen_guess)
