@@ -8,9 +8,13 @@ READY := .venv/.ready
 demo: $(READY)
 	@$(BIN)/python -m benchmarks.demo $(ARGS)
 
+# A compiler for Arm and QEMU's boards: without them, tests of images are skipped.
+FIRMWARE_PACKAGES := gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm \
+	gcc-riscv64-unknown-elf picolibc-riscv64-unknown-elf qemu-system-misc cppcheck gcc libc6-dev
+
 # What this machine lacks is skipped; with CI=true it fails, and the emulated userlands run too.
 test: $(READY) lint
-	@sh .ci/system-packages mosquitto $(if $(filter true,$(CI)),chromium g++ openssl)
+	@sh .ci/system-packages mosquitto $(FIRMWARE_PACKAGES) $(if $(filter true,$(CI)),chromium g++ openssl)
 	$(BIN)/python -m pytest -m "not pi" $(ARGS)
 ifeq ($(CI),true)
 	$(MAKE) test-pi

@@ -32,8 +32,8 @@ from .frames import (
 REPEAT_FIRST_S = 0.25
 """An unanswered command is sent again after this, then after twice as long, and so on."""
 REPEAT_CAP_S = 2.0
-DAMAGE_REPEAT_S = 0.02
-"""Damage seen on either side repeats the oldest command at once, but not more often than this."""
+DAMAGE_REPEAT_S = 0.01
+"""Damage seen on either side repeats the oldest command after this instead."""
 CALL_TIMEOUT_S = 5.0
 
 
@@ -201,7 +201,7 @@ class LineClient:
             for flight in flights.values():
                 if now_s - flight.sent_s >= flight.repeat_s:
                     self._repeat(flight, now_s)
-                    flight.repeat_s = min(2 * flight.repeat_s, REPEAT_CAP_S)
+                    flight.repeat_s = min(max(2 * flight.repeat_s, REPEAT_FIRST_S), REPEAT_CAP_S)
             due_s = min((f.sent_s + f.repeat_s for f in flights.values()), default=deadline_s)
             damaged = self._reader.damaged
             data = self._stream.read(max(0.0, min(due_s, deadline_s) - now_s))
@@ -221,8 +221,7 @@ class LineClient:
                         replies[answered.index] = frame
             if damaged != self._reader.damaged and flights:
                 oldest = next(iter(flights.values()))
-                if time.monotonic() - oldest.sent_s >= DAMAGE_REPEAT_S:
-                    self._repeat(oldest, time.monotonic())
+                oldest.repeat_s = min(oldest.repeat_s, DAMAGE_REPEAT_S)
         return [replies[index] for index in range(len(commands))]
 
     def _has_room(self, flights: dict[int, _Flight]) -> bool:
@@ -230,7 +229,7 @@ class LineClient:
         return not flights or on_the_way + frames.MAX_FRAME_BYTES <= self._credit_bytes
 
     def _repeat(self, flight: _Flight, now_s: float) -> None:
-        self._stream.write(flight.line)
+        self._stream.write(b"\0" + flight.line)  # ends what damage left open
         flight.sent_s = now_s
         self.repeated += 1
 

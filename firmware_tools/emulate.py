@@ -1,0 +1,142 @@
+"""Runs an image in QEMU on a pseudo terminal, or a host-built one as a process."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent.protocol.errors import DeviceUnreachable, ShoalError
+
+from .board import Board
+from .build import Image
+
+QEMU_PACKAGE = {"qemu-system-arm": "qemu-system-arm", "qemu-system-riscv32": "qemu-system-misc"}
+START_TIMEOUT_S = 30.0
+ICOUNT_SHIFT = 5
+"""2**5 ns of emulated time an instruction: ticks then count instructions, not time."""
+
+
+def qemu_installed(board: Board) -> bool:
+    """Whether this board can be emulated here."""
+    return shutil.which(board.qemu.binary) is not None
+
+
+def qemu_command(
+    board: Board, elf: Path, *, counted: bool = False, extra: Sequence[str] = ()
+) -> list[str]:
+    """The command line that runs an image with its UART on a new pseudo terminal.
+
+    Args:
+        board: What to emulate.
+        elf: The image.
+        counted: Let time pass by instructions, so that ticks count them.
+        extra: More arguments.
+    """
+    cpu = ["-cpu", board.qemu.cpu] if board.qemu.cpu else []
+    icount = ["-icount", f"shift={ICOUNT_SHIFT},sleep=off"] if counted else []
+    bios = ["-bios", "none"] if board.toolchain == "riscv" else []
+    return [
+        board.qemu.binary, "-M", board.qemu.machine, *cpu, *bios, *icount,
+        "-display", "none", "-monitor", "none", "-serial", "pty", "-kernel", str(elf), *extra,
+    ]  # fmt: skip
+
+
+def instructions(ticks: int, tick_hz: int) -> int:
+    """How many instructions ticks of a counted emulation stand for."""
+    return round(ticks * 1e9 / tick_hz / (1 << ICOUNT_SHIFT))
+
+
+class Emulation:
+    """An image that runs: QEMU, or the host-built program. A context manager.
+
+    It ends with this process, also when that is killed.
+
+    Args:
+        image: What to run.
+        counted: See `qemu_command`.
+        extra: More arguments for QEMU.
+
+    Attributes:
+        port: Path of the pseudo terminal.
+
+    Raises:
+        ShoalError: QEMU is not installed; the hint has the apt line.
+        DeviceUnreachable: it does not start; with what it printed.
+    """
+
+    def __init__(self, image: Image, *, counted: bool = False, extra: Sequence[str] = ()) -> None:
+        if image.board is None:
+            command = [str(image.elf), "--pty"]
+        else:
+            binary = image.board.qemu.binary
+            if not qemu_installed(image.board):
+                raise ShoalError(
+                    f"{binary} is not installed",
+                    f"apt-get install --no-install-recommends {QEMU_PACKAGE.get(binary, binary)}",
+                )
+            command = qemu_command(image.board, image.elf, counted=counted, extra=extra)
+        self._popen = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        self.port = self._find_port()
+
+    def _find_port(self) -> str:
+        assert self._popen.stdout is not None
+        said, deadline_s = b"", time.monotonic() + START_TIMEOUT_S
+        stdout = self._popen.stdout.fileno()
+        while time.monotonic() < deadline_s:
+            if found := re.search(rb"(/dev/pts/\d+)\s", said):
+                return found.group(1).decode()
+            if select.select([stdout], [], [], 0.2)[0]:
+                part = os.read(stdout, 4096)
+                if not part:
+                    break
+                said += part
+        self.close()
+        raise DeviceUnreachable(f"the emulation does not start:\n{said.decode(errors='replace')}")
+
+    @property
+    def pid(self) -> int:
+        """Process id of QEMU or the program."""
+        return int(self._popen.pid)
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait until it ends by itself; its exit status."""
+        return int(self._popen.wait(timeout_s))
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs."""
+        return self._popen.poll() is None
+
+    def close(self) -> None:
+        """End it."""
+        self._popen.kill()
+        self._popen.wait()
+        if self._popen.stdout is not None:
+            self._popen.stdout.close()
+
+    def __enter__(self) -> Emulation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _end_with_parent() -> None:
+    import ctypes
+    import signal
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
