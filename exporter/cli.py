@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-METHOD_NAMES = ("snn", "ddnn")
+METHOD_NAMES = ("snn", "ddnn", "lcp")
 
 
 def _inputs(command: F) -> F:
@@ -157,13 +157,16 @@ def _ddnn_inputs(command: F) -> F:
             type=click.Choice(["authors", "paper"]),
             help="ddnn: train every device's own exit too, or fused exits alone.",
         ),
-        click.option("--epochs", default=100, show_default=True, type=click.IntRange(1)),
+        click.option(
+            "--epochs",
+            type=click.IntRange(1),
+            help="ddnn, lcp: passes over the training data. Default: 100, 30.",
+        ),
         click.option(
             "--device-dropout",
-            default=0.2,
-            show_default=True,
             type=click.FloatRange(0, 1, max_open=True),
-            help="ddnn: chance that training does without a device, so that a loss is nothing new.",
+            help="ddnn, lcp: chance that training does without a device, so that a loss is nothing "
+            "new. Default: 0.2, 0.",
         ),
         click.option(
             "--exits",
@@ -199,6 +202,58 @@ def _ddnn_inputs(command: F) -> F:
     return command
 
 
+def _lcp_inputs(command: F) -> F:
+    """The options of `--method lcp` alone."""
+    options = [
+        click.option(
+            "--merge",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "sum", "concat"]),
+            help="lcp: how branches' features are joined: as suits the network, or so.",
+        ),
+        click.option(
+            "--fatten",
+            type=click.FloatRange(0),
+            metavar="PERCENT",
+            help="lcp: how much wider branches are than fits are first found; by default wider and "
+            "wider in steps of 10 until --task-error is met.",
+        ),
+        click.option(
+            "--task-error",
+            default=1.0,
+            show_default=True,
+            type=click.FloatRange(0),
+            help="lcp: accuracy that the split may cost on validation data, in points.",
+        ),
+        click.option(
+            "--unequal", is_flag=True, help="lcp: wider branches for devices that calculate faster."
+        ),
+        click.option(
+            "--fresh", is_flag=True, help="lcp: draw new weights instead of the base's channels'."
+        ),
+        click.option(
+            "--teach",
+            default=0.5,
+            show_default=True,
+            type=click.FloatRange(0, 1),
+            help="lcp: share of the loss that is the base's scores, the rest being labels.",
+        ),
+        click.option(
+            "--shift",
+            default=0,
+            show_default=True,
+            metavar="PIXELS",
+            type=click.IntRange(0),
+            help="lcp: shift training images by up to so many pixels.",
+        ),
+        click.option("--flip", is_flag=True, help="lcp: mirror half of the training images."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 _DATA_HELP = (
     "An .npz (x_train, y_train, x_val, y_val, x_test, y_test, or x and y; FILE.npz#NAME takes the "
     "index NAME that the file has of itself), a folder of images per class, or digits, mnist, "
@@ -209,6 +264,7 @@ _DATA_HELP = (
 @click.command()
 @_inputs
 @_ddnn_inputs
+@_lcp_inputs
 def plan(
     model: Path | None, data: str, fleet: Path, method: str, as_json: bool, **chosen: Any
 ) -> None:
@@ -269,6 +325,7 @@ def plan(
 @click.command()
 @_inputs
 @_ddnn_inputs
+@_lcp_inputs
 @click.option(
     "-o",
     "--out",
@@ -517,7 +574,7 @@ def lcp(
 
 
 def _method_options(method: str, chosen: dict[str, Any]) -> Any:
-    return _ddnn_options(chosen) if method == "ddnn" else _options(chosen)
+    return {"snn": _options, "ddnn": _ddnn_options, "lcp": _lcp_options}[method](chosen)
 
 
 def _ddnn_options(chosen: dict[str, Any]) -> Any:
@@ -532,9 +589,9 @@ def _ddnn_options(chosen: dict[str, Any]) -> Any:
         feature_fusion=Fusion(chosen["feature_fusion"]),
         cloud=chosen["cloud"],
         training=TrainOptions(
-            epochs=chosen["epochs"],
+            epochs=chosen["epochs"] or 100,
             weights=PAPER_WEIGHTS if chosen["loss"] == "paper" else AUTHORS_WEIGHTS,
-            device_dropout=chosen["device_dropout"],
+            device_dropout=0.2 if chosen["device_dropout"] is None else chosen["device_dropout"],
             seed=chosen["seed"],
         ),
         exits=Bounds(
@@ -543,6 +600,31 @@ def _ddnn_options(chosen: dict[str, Any]) -> Any:
             max_latency_ms=chosen["max_latency"],
             thresholds=chosen["exit_thresholds"] or None,
         ),
+        seed=chosen["seed"],
+    )
+
+
+def _lcp_options(chosen: dict[str, Any]) -> Any:
+    from agent.protocol.plan import Fusion
+    from exporter.methods.lcp.options import LcpOptions
+    from exporter.training import TrainOptions
+
+    return LcpOptions(
+        merge=None if chosen["merge"] == "auto" else Fusion(chosen["merge"]),
+        unequal=chosen["unequal"],
+        fatten=None if chosen["fatten"] is None else chosen["fatten"] / 100,
+        task_error=chosen["task_error"],
+        fresh=chosen["fresh"],
+        teach=chosen["teach"],
+        training=TrainOptions(
+            epochs=chosen["epochs"] or 30,
+            decay=1e-4,
+            crop_pixels=chosen["shift"],
+            flip=chosen["flip"],
+            part_dropout=chosen["device_dropout"] or 0.0,
+            seed=chosen["seed"],
+        ),
+        cache=chosen["cache"],
         seed=chosen["seed"],
     )
 

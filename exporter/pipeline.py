@@ -30,6 +30,7 @@ from exporter.methods.face import (
     TrainedPiece,
     WrittenPiece,
 )
+from exporter.methods.lcp.method import LCP
 from exporter.methods.snn.method import SNN
 from exporter.quantize import (
     MINIMUM_SAMPLES,
@@ -46,7 +47,7 @@ from exporter.surgery import without_softmax
 if TYPE_CHECKING:
     import keras
 
-METHODS: Mapping[str, Method] = {"snn": SNN(), "ddnn": DDNNMethod()}
+METHODS: Mapping[str, Method] = {"snn": SNN(), "ddnn": DDNNMethod(), "lcp": LCP()}
 OWN_NETWORK = frozenset({"ddnn"})
 """Methods that train a network of their own: they take no model."""
 
@@ -371,9 +372,10 @@ def quantize(
             if isinstance(piece, WrittenPiece):
                 exported.append(_check_written(piece, device))
                 continue
-            count = DRIFT_SAMPLES if allow_drift else MINIMUM_SAMPLES
+            drift = allow_drift or piece.features
+            count = DRIFT_SAMPLES if drift else MINIMUM_SAMPLES
             samples = verification_samples(piece, data, count)
-            exported.append(_quantize_one(piece, samples, device, dtype, allow_drift))
+            exported.append(_quantize_one(piece, samples, device, dtype, drift))
         except ShoalError as error:
             lines = error.message.splitlines()
             findings += [f"{device.id}: {piece.name}: {line}" for line in lines]
@@ -434,7 +436,11 @@ def _quantize_one(
         outputs = piece.model(samples, training=False).numpy()
         expected = {tensors(tflite).outputs[0].name: outputs}
     verification = verify(
-        tflite, samples, runtimes=(VERIFIED_RUNTIMES[device.runtime],), expected=expected
+        tflite,
+        samples,
+        runtimes=(VERIFIED_RUNTIMES[device.runtime],),
+        score_outputs=() if piece.features else None,
+        expected=expected,
     )
     cost = piece_cost(layer_graph(piece.model), Numbers(dtype), name=piece.name)
     cost, arena = _measured(cost, tflite, device)

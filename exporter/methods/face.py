@@ -38,6 +38,8 @@ class TrainedPiece:
         calibration: (N, ...) float32 inputs for quantization.
         message_bytes: Payload that it sends per inference.
         about: What it is for, in a few words for tables.
+        features: Its output is features for another network: they have no order that must hold, so
+            kernels that round apart are accepted where they are as near to the float model.
     """
 
     name: str
@@ -46,6 +48,7 @@ class TrainedPiece:
     calibration: NDArray[np.float32]
     message_bytes: int
     about: str
+    features: bool = False
 
 
 @dataclass(frozen=True, eq=False)

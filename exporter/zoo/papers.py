@@ -65,11 +65,16 @@ def narrow(split: int, fatten: float, rounding: Rounding, *, minimum: int = 1) -
         if rounding == "halve" and split & (split - 1) == 0:
             base = max(minimum, whole // split)
             return max(minimum, _nearest(base * (1 + fatten)))
-        exact = whole / split * (1 + fatten)
-        # 1.4 is a little more than 7/5 in binary: what should be whole is not rounded down.
-        return max(minimum, math.floor(exact + 1e-9) if rounding == "floor" else _nearest(exact))
+        return narrowed(whole, (1 + fatten) / split, rounding, minimum)
 
     return width
+
+
+def narrowed(whole: int, share: float, rounding: Rounding = "round", minimum: int = 1) -> int:
+    """A share of so many filters or units, rounded; `halve` is `round` here."""
+    # 1.4 is a little more than 7/5 in binary: what should be whole is not rounded down.
+    exact = whole * share + 1e-9
+    return max(minimum, math.floor(exact) if rounding == "floor" else _nearest(exact))
 
 
 def _nearest(value: float) -> int:

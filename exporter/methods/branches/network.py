@@ -164,6 +164,7 @@ class BranchNetwork:
                 calibration=inputs,
                 message_bytes=feature_message_bytes(branch.shape),
                 about=branch.about,
+                features=True,
             )
             for branch in self.branches
         )

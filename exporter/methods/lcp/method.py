@@ -1,0 +1,300 @@
+"""LCP as a method: split by Procedure 1, train, fatten until it is accurate enough, merge once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agent.protocol.errors import DataError
+from agent.protocol.fleet import Fleet
+from agent.protocol.manifest import Figure
+from agent.protocol.plan import Fusion
+from exporter.channels import Keep
+from exporter.cost import Numbers, PieceCost, piece_cost
+from exporter.data import DataSet, Split
+from exporter.graph import layer_graph
+from exporter.quantize.native_stderr import start_tensorflow
+from exporter.training import Checkpoint, Loss, cross_entropy, divergence, train
+
+from ..branches import Branch, BranchNetwork, settle
+from ..face import Design, Progress, RunPiece, Settled
+from .capacity import Fit, procedure_1, unfit
+from .communication import Traffic, lcp_traffic, model_parallel_traffic
+from .options import LcpOptions
+from .split import Splitter
+
+if TYPE_CHECKING:
+    import keras
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of fattening.
+
+    Attributes:
+        fatten: Share beyond Procedure 1's width.
+        costs: Of each branch, estimated.
+        accuracy: Of the float network on validation data.
+    """
+
+    fatten: float
+    costs: tuple[PieceCost, ...]
+    accuracy: float
+
+
+class LCP:
+    """LCP (Hadidi et al.), as `exporter.methods.face.Method`."""
+
+    def design(
+        self,
+        base: keras.Model,
+        data: DataSet,
+        fleet: Fleet,
+        options: LcpOptions,
+        progress: Progress,
+    ) -> Design:
+        """Split the base, train the branches, and fatten them as far as needed.
+
+        Raises:
+            PlanDoesNotFit: a device cannot hold the narrowest branch.
+            ShoalError: a model that cannot be split, or data that cannot be trained on.
+        """
+        start_tensorflow()
+        splitter = Splitter(base, rounding=options.rounding, minimum_width=options.minimum_width)
+        merge = options.merge or splitter.merge
+        fit = procedure_1(
+            splitter,
+            fleet,
+            factor=options.factor,
+            unequal=options.unequal,
+            equal_features=merge is Fusion.SUM,
+        )
+        training, validation = parts(data, options)
+        whole = accuracy_of(splitter.base, data, validation)
+        steps: list[Step] = []
+        best: BranchNetwork | None = None
+        for fatten in fattenings(options):
+            keeps = keeps_of(splitter, fit, fatten)
+            costs = tuple(
+                splitter.cost(keep, f"lcp-{device.id}")
+                for keep, device in zip(keeps, fleet.workers, strict=True)
+            )
+            if steps and not _fit(costs, fleet):
+                break
+            network = untrained(splitter, keeps, merge, fleet, options)
+            history = train(
+                network.models,
+                loss_of(network, splitter.base, options),
+                training,
+                data.inputs,
+                options.training,
+                parts=len(network.branches),
+                score=network.logits,
+                validation=validation,
+                checkpoint=None
+                if options.cache is None
+                else Checkpoint(options.cache / "lcp", _about(splitter, options)),
+                progress=progress,
+                what=f"train branches, {fatten * 100:.0f} % fattened",
+            )
+            accuracy = history.accuracy or 0.0
+            steps.append(Step(fatten, costs, accuracy))
+            if best is None or accuracy >= max(step.accuracy for step in steps):
+                best = network
+            if accuracy >= whole - options.task_error / 100:
+                best = network
+                break
+        assert best is not None
+        return Design(
+            pieces=best.pieces(data, fleet),
+            facts=best,
+            figures=_figures(splitter, best, steps, whole, fleet),
+            report={"sections": _sections(splitter, best, fit, steps, whole, fleet)},
+        )
+
+    def settle(
+        self, design: Design, data: DataSet, fleet: Fleet, options: LcpOptions, run: RunPiece
+    ) -> Settled:
+        """Make the plan, and measure what the exported pieces reach."""
+        settled = settle(design.facts, "lcp", data, fleet, run)
+        sections = [*design.report["sections"], *settled.report["sections"]]
+        return Settled(settled.plan, (), settled.figures, {"sections": sections})
+
+
+def fattenings(options: LcpOptions) -> list[float]:
+    """Shares that are tried, in order."""
+    if options.fatten is not None:
+        return [options.fatten]
+    count = int(options.widest / options.step + 1e-9)
+    return [round(i * options.step, 6) for i in range(count + 1)]
+
+
+def keeps_of(splitter: Splitter, fit: Fit, fatten: float) -> list[Keep]:
+    """Which units each branch has."""
+    count = len(fit.specs)
+    return [splitter.keep(spec.fattened(fatten), i, count) for i, spec in enumerate(fit.specs)]
+
+
+def untrained(
+    splitter: Splitter,
+    keeps: Sequence[Keep],
+    merge: Fusion,
+    fleet: Fleet,
+    options: LcpOptions,
+) -> BranchNetwork:
+    """The branches and their head before training; the same seed gives the same weights."""
+    import keras
+
+    keras.utils.set_random_seed(options.seed)
+    branches = []
+    for keep, device in zip(keeps, fleet.workers, strict=True):
+        name = f"lcp-{device.id}"
+        model = splitter.branch(keep, name, fresh=options.fresh)
+        share = model.count_params() / splitter.base.count_params()
+        branches.append(Branch(name, device.id, model, f"{share * 100:.1f} % of the parameters"))
+    head = splitter.head(keeps, merge, fresh=options.fresh)
+    return BranchNetwork(tuple(branches), head, merge)
+
+
+def loss_of(network: BranchNetwork, teacher: keras.Model, options: LcpOptions) -> Loss:
+    """Cross-entropy of the labels, and divergence from the base's softened scores."""
+    share, temperature = options.teach, options.temperature
+    smoothing = options.training.smoothing
+
+    def loss(x: Any, labels: Any, heard: Any) -> Any:
+        said = network.forward(x, heard, training=True)
+        total = (1 - share) * cross_entropy(said.logits, labels, smoothing)
+        if share:
+            taught = teacher(x, training=False)
+            total += share * temperature**2 * divergence(taught, said.logits, temperature)
+        return total
+
+    return loss
+
+
+def parts(data: DataSet, options: LcpOptions) -> tuple[Split, Split]:
+    """What is trained on, and what tells accuracies: a share of the held-out data, stratified."""
+    rng = np.random.default_rng(options.seed)
+    held = data.held_out
+    chosen = np.zeros(len(held), bool)
+    for label in np.unique(held.labels):
+        index = rng.permutation(np.flatnonzero(held.labels == label))
+        chosen[index[: max(1, round(len(index) * options.validation_share))]] = True
+    if data.views is not None:
+        raise DataError("LCP's branches all read one frame", "give data of one view")
+    rest = held.take(np.flatnonzero(~chosen))
+    training = Split(
+        np.concatenate([data.train.frames, rest.frames]),
+        np.concatenate([data.train.labels, rest.labels]),
+    )
+    return training, held.take(np.flatnonzero(chosen))
+
+
+def accuracy_of(model: keras.Model, data: DataSet, split: Split) -> float:
+    """Of a whole model."""
+    logits = model.predict(data.inputs(split.frames), batch_size=256, verbose=0)
+    return float(np.mean(logits.argmax(axis=1) == split.labels))
+
+
+def _fit(costs: Sequence[PieceCost], fleet: Fleet) -> bool:
+    return not any(
+        unfit(cost, device, fleet) for cost, device in zip(costs, fleet.workers, strict=True)
+    )
+
+
+def _about(splitter: Splitter, options: LcpOptions) -> str:
+    """What the loss depends on beyond what a checkpoint sees itself."""
+    digest = hashlib.sha256()
+    for weight in splitter.base.get_weights():
+        digest.update(np.ascontiguousarray(weight).tobytes())
+    return f"teach {options.teach} at {options.temperature} by {digest.hexdigest()}"
+
+
+def _traffic(splitter: Splitter, network: BranchNetwork) -> tuple[Traffic, Traffic]:
+    graph = layer_graph(splitter.base)
+    shapes = [branch.shape for branch in network.branches]
+    return lcp_traffic(shapes), model_parallel_traffic(graph, len(shapes))
+
+
+def _figures(
+    splitter: Splitter,
+    network: BranchNetwork,
+    steps: Sequence[Step],
+    whole: float,
+    fleet: Fleet,
+) -> dict[str, Figure]:
+    cost = piece_cost(layer_graph(splitter.base), Numbers.INT8)
+    branches = [piece_cost(layer_graph(branch.model), Numbers.INT8) for branch in network.branches]
+    own, parallel = _traffic(splitter, network)
+
+    def estimated(value: float, unit: str, note: str) -> Figure:
+        return Figure(value=value, unit=unit, origin="estimated", note=note)
+
+    return {
+        "largest_piece": estimated(
+            max(x.parameters for x in branches) / cost.parameters,
+            "share",
+            "parameters of the largest branch / the base's",
+        ),
+        "parameters_fleet": estimated(
+            sum(x.parameters for x in branches), "parameters", "all branches, without the head"
+        ),
+        "macs_base": estimated(cost.macs, "MACs", "undivided model"),
+        "macs_largest": estimated(
+            max(x.macs for x in branches), "MACs", "of the largest branch: what an inference waits"
+        ),
+        "bytes_lcp": estimated(own.bytes, "B/sample", "int8 features that branches send"),
+        "bytes_model_parallel": estimated(
+            parallel.bytes, "B/sample", "int8 activations that splitting each layer would send"
+        ),
+        "accuracy_validation": Figure(
+            value=max(step.accuracy for step in steps),
+            unit="share",
+            origin="measured",
+            note=f"float branches, validation data; the base has {whole * 100:.2f} %",
+        ),
+    }
+
+
+def _sections(
+    splitter: Splitter,
+    network: BranchNetwork,
+    fit: Fit,
+    steps: Sequence[Step],
+    whole: float,
+    fleet: Fleet,
+) -> list[dict[str, Any]]:
+    own, parallel = _traffic(splitter, network)
+    return [
+        {
+            "title": "Fattening",
+            "text": f"Procedure 1 divided {fit.divided} times beyond one share a device. Each step "
+            f"is trained anew; accuracies are those of validation data, where the base has "
+            f"{whole * 100:.2f} %.",
+            "head": ["fattened", "largest branch", "its MACs", "accuracy"],
+            "rows": [
+                [
+                    f"{step.fatten * 100:.0f} %",
+                    f"{max(cost.parameters for cost in step.costs):,}",
+                    f"{max(cost.macs for cost in step.costs):,}",
+                    f"{step.accuracy * 100:.2f} %",
+                ]
+                for step in steps
+            ],
+        },
+        {
+            "title": "Communication",
+            "text": "Pairs of devices that exchange something in one inference, and int8 payload "
+            "without headers, against a network split layer by layer over the same devices "
+            "(LCP, Fig. 11). Estimated.",
+            "head": ["how", "pairs", "bytes"],
+            "rows": [
+                ["branches, merged once", f"{own.pairs:,}", f"{own.bytes:,}"],
+                ["every layer split", f"{parallel.pairs:,}", f"{parallel.bytes:,}"],
+            ],
+        },
+    ]
