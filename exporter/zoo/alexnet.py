@@ -43,7 +43,7 @@ def branchy_alexnet(
             wide(filters), kernel, padding="same", use_bias=not norm, name=f"{name}_conv"
         )(x)
         if norm:
-            x = layers.BatchNormalization(name=f"{name}_norm")(x)
+            x = layers.BatchNormalization(momentum=0.9, name=f"{name}_norm")(x)
         return layers.ReLU(name=f"{name}_relu")(x)
 
     def pool(x: Any, name: str) -> Any:
