@@ -1,0 +1,802 @@
+#include "shoal_kernels.h"
+
+#include <string.h>
+
+/* ---- fixed point ---------------------------------------------------------------------------- */
+
+/* a * b / 2^31 to nearest, halves up; both are never INT32_MIN at once. */
+static inline int32_t high_product(int32_t a, int32_t b)
+{
+    return (int32_t)(((int64_t)a * b + (1LL << 30)) >> 31);
+}
+
+/* value / 2^bits to nearest, halves away from zero. */
+static inline int32_t shift_right(int32_t value, uint32_t bits)
+{
+    if (bits == 0U) {
+        return value;
+    }
+    return (int32_t)(((int64_t)value + (1LL << (bits - 1U)) - (value < 0 ? 1 : 0)) >> bits);
+}
+
+/* value * 2^bits as a register keeps it. */
+static inline int32_t shift_left(int32_t value, uint32_t bits)
+{
+    return (int32_t)((uint32_t)value << bits);
+}
+
+static inline int32_t clamped(int32_t value, int32_t low, int32_t high)
+{
+    if (value < low) {
+        return low;
+    }
+    return value > high ? high : value;
+}
+
+/* ---- what the processor offers -------------------------------------------------------------- */
+
+#if defined(__ARM_FEATURE_DSP) && (__ARM_FEATURE_DSP == 1) && defined(__GNUC__)
+#define SHOAL_DSP 1
+
+/* (int16)a_low * b_low + (int16)a_high * b_high + sum */
+static inline int32_t multiply_pairs(uint32_t a, uint32_t b, int32_t sum)
+{
+    int32_t result;
+    __asm__("smlad %0, %1, %2, %3" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
+
+static inline int32_t multiply_low(uint32_t a, uint32_t b, int32_t sum)
+{
+    int32_t result;
+    __asm__("smlabb %0, %1, %2, %3" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
+
+static inline int32_t multiply_high(uint32_t a, uint32_t b, int32_t sum)
+{
+    int32_t result;
+    __asm__("smlatt %0, %1, %2, %3" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+    return result;
+}
+
+/* Bytes 0 and 2, sign-extended, plus pair. */
+static inline uint32_t widen_even(uint32_t pair, uint32_t bytes)
+{
+    uint32_t result;
+    __asm__("sxtab16 %0, %1, %2" : "=r"(result) : "r"(pair), "r"(bytes));
+    return result;
+}
+
+/* Bytes 1 and 3, sign-extended, plus pair. */
+static inline uint32_t widen_odd(uint32_t pair, uint32_t bytes)
+{
+    uint32_t result;
+    __asm__("sxtab16 %0, %1, %2, ror #8" : "=r"(result) : "r"(pair), "r"(bytes));
+    return result;
+}
+
+static inline uint32_t low_halves(uint32_t a, uint32_t b)
+{
+    uint32_t result;
+    __asm__("pkhbt %0, %1, %2, lsl #16" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
+static inline uint32_t high_halves(uint32_t a, uint32_t b)
+{
+    uint32_t result;
+    __asm__("pkhtb %0, %1, %2, asr #16" : "=r"(result) : "r"(b), "r"(a));
+    return result;
+}
+
+static inline int32_t saturated8(int32_t value)
+{
+    int32_t result;
+    __asm__("ssat %0, #8, %1" : "=r"(result) : "r"(value));
+    return result;
+}
+
+static inline uint32_t load4(const void *from)
+{
+    uint32_t word;
+    memcpy(&word, from, sizeof word);
+    return word;
+}
+
+static inline void store4(void *to, uint32_t word)
+{
+    memcpy(to, &word, sizeof word);
+}
+
+/* The high word of 2 * a * b, rounded: high_product where 2 * a fits. `a` comes doubled. */
+static inline int32_t high_product_doubled(int32_t a, int32_t b)
+{
+    int32_t result;
+    __asm__("smmulr %0, %1, %2" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+#endif
+
+/* A sum as an output byte, before the clamp to low..high. */
+static inline int32_t fast_output(const struct shoal_channel *c, int32_t sum)
+{
+#if defined(SHOAL_DSP)
+    const int32_t t = high_product_doubled(shift_left(sum, c->left + 1U), c->multiplier);
+    return saturated8((t + (t >> 31) + c->rounding) >> c->right);
+#else
+    const int32_t t = high_product(shift_left(sum, c->left), c->multiplier);
+    return clamped((t + (t >> 31) + c->rounding) >> c->right, -128, 127);
+#endif
+}
+
+static int32_t slow_output(const struct shoal_channel *c, int32_t sum, int32_t zero)
+{
+    const int32_t t = high_product(shift_left(sum, c->left), c->multiplier);
+    return clamped(shift_right(t, c->right) + zero, -128, 127);
+}
+
+struct output {
+    int32_t zero, low, high;
+    uint32_t fast, full; /* full: low..high is all of int8 */
+};
+
+static inline int8_t output_byte(const struct output *o, const struct shoal_channel *c, int32_t sum)
+{
+    int32_t value = o->fast != 0U ? fast_output(c, sum) : slow_output(c, sum, o->zero);
+    if (o->full == 0U) {
+        value = clamped(value, o->low, o->high);
+    }
+    return (int8_t)value;
+}
+
+/* ---- the ring of widened rows --------------------------------------------------------------- */
+
+/* count bytes less zero, as int16. */
+static void widen(const int8_t *from, int16_t *to, uint32_t count, int32_t zero)
+{
+    uint32_t i = 0U;
+#if defined(SHOAL_DSP)
+    const uint32_t offset = ((uint32_t)-zero & 0xFFFFU) * 0x10001U;
+    for (; i + 4U <= count; i += 4U) {
+        const uint32_t bytes = load4(from + i);
+        const uint32_t even = widen_even(offset, bytes);
+        const uint32_t odd = widen_odd(offset, bytes);
+        store4(to + i, low_halves(even, odd));
+        store4(to + i + 2U, high_halves(even, odd));
+    }
+#endif
+    for (; i < count; i++) {
+        to[i] = (int16_t)(from[i] - zero);
+    }
+}
+
+struct ring {
+    int16_t *rows;
+    uint32_t row_count, row;         /* rows; int16 in a row */
+    uint32_t columns, pixel;         /* pixels that are read; int16 in one */
+    uint32_t pad_top, pad_left;
+    uint32_t in_height, in_width, in_channels;
+    uint32_t groups, group_channels, group_pixel;
+    int32_t zero;
+    uint32_t next;                   /* first padded row that was not read yet */
+};
+
+/* Where the padded row is kept. Rows count from the top of the padding. */
+static inline int16_t *ring_row(const struct ring *r, uint32_t padded_row)
+{
+    return r->rows + (padded_row % r->row_count) * r->row;
+}
+
+static void ring_read(struct ring *r, const int8_t *input, uint32_t padded_row)
+{
+    int16_t *to = ring_row(r, padded_row);
+    if ((padded_row < r->pad_top) || (padded_row - r->pad_top >= r->in_height)) {
+        memset(to, 0, r->row * sizeof *to);
+        return;
+    }
+    const int8_t *from = input + (padded_row - r->pad_top) * r->in_width * r->in_channels;
+    const uint32_t room = r->columns > r->pad_left ? r->columns - r->pad_left : 0U;
+    const uint32_t width = r->in_width < room ? r->in_width : room;
+    const uint32_t before = r->pad_left * r->pixel;
+    const uint32_t inside = width * r->pixel;
+    memset(to, 0, before * sizeof *to);
+    if (r->pixel == r->in_channels) {
+        widen(from, to + before, inside, r->zero);
+    } else {
+        int16_t *at = to + before;
+        for (uint32_t x = 0U; x < width; x++) {
+            for (uint32_t g = 0U; g < r->groups; g++) {
+                for (uint32_t c = 0U; c < r->group_channels; c++) {
+                    at[c] = (int16_t)(from[c] - r->zero);
+                }
+                for (uint32_t c = r->group_channels; c < r->group_pixel; c++) {
+                    at[c] = 0;
+                }
+                from += r->group_channels;
+                at += r->group_pixel;
+            }
+        }
+    }
+    memset(to + before + inside, 0, (r->row - before - inside) * sizeof *to);
+}
+
+/* Reads rows first .. first + count - 1 as far as they were not read before. */
+static void ring_fill(struct ring *r, const int8_t *input, uint32_t first, uint32_t count)
+{
+    if (r->next < first) {
+        r->next = first;
+    }
+    for (; r->next < first + count; r->next++) {
+        ring_read(r, input, r->next);
+    }
+}
+
+/* ---- convolutions --------------------------------------------------------------------------- */
+
+/* What the inner loops need of a convolution; the assembly reads it by offset. */
+struct dots {
+    const int16_t *const *segments; /* a pointer into the ring for each stretch */
+    uint32_t segment_count;
+    uint32_t bytes;      /* of a stretch of widened weights of a pair: 16 a quad */
+    uint32_t step_bytes; /* from a pixel to the next */
+};
+
+#if defined(SHOAL_DSP)
+
+/* Bytes in the order 0, 2, 1, 3 to int16 in the order 0, 1, 2, 3; count is a multiple of 8. */
+static void widen_weights(const int8_t *from, int16_t *to, uint32_t count)
+{
+    const int8_t *const end = from + count;
+    __asm__ volatile("1:\n\t"
+                     "ldrd r4, r5, [%0], #8\n\t"
+                     "sxtb16 r2, r4\n\t"
+                     "sxtb16 r3, r4, ror #8\n\t"
+                     "sxtb16 r4, r5\n\t"
+                     "sxtb16 r5, r5, ror #8\n\t"
+                     "stmia %1!, {r2, r3, r4, r5}\n\t"
+                     "cmp %0, %2\n\t"
+                     "bne 1b\n\t"
+                     : "+r"(from), "+r"(to)
+                     : "r"(end)
+                     : "r2", "r3", "r4", "r5", "cc", "memory");
+}
+
+#define SHOAL_QUAD                                                                                 \
+    "ldmia r0!, {r8, r9, r10, r11}\n\t"                                                            \
+    "ldrd r12, lr, [r1], #8\n\t"                                                                   \
+    "smlad r4, r8, r12, r4\n\t"                                                                    \
+    "smlad r5, r10, r12, r5\n\t"                                                                   \
+    "smlad r4, r9, lr, r4\n\t"                                                                     \
+    "smlad r5, r11, lr, r5\n\t"                                                                    \
+    "ldrd r12, lr, [r2], #8\n\t"                                                                   \
+    "smlad r6, r8, r12, r6\n\t"                                                                    \
+    "smlad r7, r10, r12, r7\n\t"                                                                   \
+    "smlad r6, r9, lr, r6\n\t"                                                                     \
+    "smlad r7, r11, lr, r7\n\t"
+
+/* Two pixels times two channels of widened weights, first_byte into every stretch. sums: of both
+ * channels at pixel 0, then at pixel 1. In assembly because it needs every register:
+ * r0 weights, r1 and r2 pixels, r3 end of the stretch, r4..r7 sums, r8..r12 and lr values. */
+__attribute__((naked, noinline)) static void
+dot_two_by_two(const int16_t *weights __attribute__((unused)),
+               const struct dots *d __attribute__((unused)),
+               uint32_t first_byte __attribute__((unused)), int32_t *sums __attribute__((unused)))
+{
+    __asm__ volatile("push {r3, r4, r5, r6, r7, r8, r9, r10, r11, lr}\n\t"
+                     "mov r8, r2\n\t"
+                     "ldmia r1, {r9, r10, r11, r12}\n\t"
+                     "push {r7, r8, r9, r10, r11, r12}\n\t"
+                     "ldmia r3, {r4, r5, r6, r7}\n\t"
+                     "1:\n\t" /* sp: unused, first_byte, segments, their count, bytes, step */
+                     "add r12, sp, #4\n\t"
+                     "ldmia r12, {r1, r8, r9, r10, r11}\n\t"
+                     "ldr r12, [r8], #4\n\t"
+                     "sub r9, r9, #1\n\t"
+                     "strd r8, r9, [sp, #8]\n\t"
+                     "add r1, r1, r12\n\t"
+                     "add r2, r1, r11\n\t"
+                     "add r3, r0, r10\n\t"
+                     "tst r10, #16\n\t"
+                     "beq 2f\n\t"
+                     SHOAL_QUAD
+                     "cmp r0, r3\n\t"
+                     "beq 3f\n\t"
+                     "2:\n\t"
+                     SHOAL_QUAD
+                     SHOAL_QUAD
+                     "cmp r0, r3\n\t"
+                     "bne 2b\n\t"
+                     "3:\n\t"
+                     "ldr r9, [sp, #12]\n\t"
+                     "cmp r9, #0\n\t"
+                     "bne 1b\n\t"
+                     "add sp, sp, #24\n\t"
+                     "pop {r3}\n\t"
+                     "stmia r3, {r4, r5, r6, r7}\n\t"
+                     "pop {r4, r5, r6, r7, r8, r9, r10, r11, pc}\n\t");
+}
+
+/* One pixel times two channels of packed weights. */
+static void dot_one_by_two(const int8_t *weights, const struct dots *d, uint32_t first_byte,
+                           int32_t *sums)
+{
+    int32_t sum0 = sums[0];
+    int32_t sum1 = sums[1];
+    for (uint32_t s = 0U; s < d->segment_count; s++) {
+        const uint8_t *x = (const uint8_t *)d->segments[s] + first_byte;
+        const int8_t *const end = weights + d->bytes / 2U;
+        __asm__ volatile("1:\n\t"
+                         "ldrd r2, r3, [%0], #8\n\t"
+                         "ldrd r4, r5, [%1], #8\n\t"
+                         "sxtb16 r6, r2\n\t"
+                         "sxtb16 r2, r2, ror #8\n\t"
+                         "smlad %2, r6, r4, %2\n\t"
+                         "sxtb16 r6, r3\n\t"
+                         "smlad %2, r2, r5, %2\n\t"
+                         "sxtb16 r3, r3, ror #8\n\t"
+                         "smlad %3, r6, r4, %3\n\t"
+                         "cmp %0, %4\n\t"
+                         "smlad %3, r3, r5, %3\n\t"
+                         "bne 1b\n\t"
+                         : "+r"(weights), "+r"(x), "+r"(sum0), "+r"(sum1)
+                         : "r"(end)
+                         : "r2", "r3", "r4", "r5", "r6", "cc", "memory");
+    }
+    sums[0] = sum0;
+    sums[1] = sum1;
+}
+
+#else
+
+/* Two pixels times two channels of packed weights. sums: of both channels at pixel 0, then 1. */
+static void dot_two_by_two(const int8_t *weights, const struct dots *d, uint32_t first_byte,
+                           int32_t *sums)
+{
+    int32_t sum00 = sums[0];
+    int32_t sum01 = sums[1];
+    int32_t sum10 = sums[2];
+    int32_t sum11 = sums[3];
+    for (uint32_t s = 0U; s < d->segment_count; s++) {
+        const int16_t *x0 = d->segments[s] + first_byte / 2U;
+        const int16_t *x1 = x0 + d->step_bytes / 2U;
+        const int8_t *const end = weights + d->bytes / 2U;
+        for (; weights != end; weights += 8, x0 += 4, x1 += 4) {
+            sum00 += weights[0] * x0[0] + weights[2] * x0[1] + weights[1] * x0[2] +
+                     weights[3] * x0[3];
+            sum01 += weights[4] * x0[0] + weights[6] * x0[1] + weights[5] * x0[2] +
+                     weights[7] * x0[3];
+            sum10 += weights[0] * x1[0] + weights[2] * x1[1] + weights[1] * x1[2] +
+                     weights[3] * x1[3];
+            sum11 += weights[4] * x1[0] + weights[6] * x1[1] + weights[5] * x1[2] +
+                     weights[7] * x1[3];
+        }
+    }
+    sums[0] = sum00;
+    sums[1] = sum01;
+    sums[2] = sum10;
+    sums[3] = sum11;
+}
+
+/* One pixel times two channels of packed weights. */
+static void dot_one_by_two(const int8_t *weights, const struct dots *d, uint32_t first_byte,
+                           int32_t *sums)
+{
+    int32_t sum0 = sums[0];
+    int32_t sum1 = sums[1];
+    for (uint32_t s = 0U; s < d->segment_count; s++) {
+        const int16_t *x = d->segments[s] + first_byte / 2U;
+        const int8_t *const end = weights + d->bytes / 2U;
+        for (; weights != end; weights += 8, x += 4) {
+            sum0 += weights[0] * x[0] + weights[2] * x[1] + weights[1] * x[2] + weights[3] * x[3];
+            sum1 += weights[4] * x[0] + weights[6] * x[1] + weights[5] * x[2] + weights[7] * x[3];
+        }
+    }
+    sums[0] = sum0;
+    sums[1] = sum1;
+}
+
+#endif
+
+static struct output output_of(int32_t zero, int32_t low, int32_t high, uint8_t fast)
+{
+    const struct output o = {zero, low, high, fast, ((low == -128) && (high == 127)) ? 1U : 0U};
+    return o;
+}
+
+/* One row of one pair of output channels. outputs: 2, or 1 where the second is padding. */
+static void conv_row(const struct shoal_conv *k, const struct dots *d, const struct output *o,
+                     const int8_t *weights, const struct shoal_channel *c, uint32_t group_byte,
+                     int16_t *slab, int8_t *to, uint32_t outputs)
+{
+    const uint32_t pitch = k->out_channels;
+    int32_t sums[4];
+    uint32_t x = 0U;
+    uint32_t byte = group_byte;
+    if (k->out_width >= 2U) {
+#if defined(SHOAL_DSP)
+        widen_weights(weights, slab, d->segment_count * d->bytes / 2U);
+        const int16_t *const factors = slab;
+#else
+        const int8_t *const factors = weights;
+        (void)slab;
+#endif
+        for (; x + 2U <= k->out_width; x += 2U) {
+            sums[0] = c[0].bias;
+            sums[1] = c[1].bias;
+            sums[2] = c[0].bias;
+            sums[3] = c[1].bias;
+            dot_two_by_two(factors, d, byte, sums);
+            to[0] = output_byte(o, &c[0], sums[0]);
+            to[pitch] = output_byte(o, &c[0], sums[2]);
+            if (outputs == 2U) {
+                to[1] = output_byte(o, &c[1], sums[1]);
+                to[pitch + 1U] = output_byte(o, &c[1], sums[3]);
+            }
+            to += 2U * pitch;
+            byte += 2U * d->step_bytes;
+        }
+    }
+    if (x < k->out_width) {
+        sums[0] = c[0].bias;
+        sums[1] = c[1].bias;
+        dot_one_by_two(weights, d, byte, sums);
+        to[0] = output_byte(o, &c[0], sums[0]);
+        if (outputs == 2U) {
+            to[1] = output_byte(o, &c[1], sums[1]);
+        }
+    }
+}
+
+void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output, void *scratch)
+{
+    const uint32_t segment_count = (uint32_t)k->kernel_height * k->row_segments;
+    const uint32_t pair_bytes = segment_count * k->quads * 8U;
+    const int16_t **segments = (const int16_t **)scratch;
+    int16_t *const ring_space = (int16_t *)(void *)(segments + segment_count);
+    struct ring ring = {ring_space, k->ring_rows, k->ring_row, k->ring_columns, k->pixel,
+                        k->pad_top, k->pad_left, k->in_height, k->in_width, k->in_channels,
+                        k->groups, k->group_channels, k->group_pixel, k->in_zero, 0U};
+    int16_t *const slab = ring_space + (uint32_t)k->ring_rows * k->ring_row;
+    const struct dots d = {segments, segment_count, k->quads * 16U,
+                           (uint32_t)k->stride_x * k->pixel * 2U};
+    const struct output o = output_of(k->out_zero, k->low, k->high, k->fast);
+    for (uint32_t y = 0U; y < k->out_height; y++) {
+        const uint32_t first = y * k->stride_y;
+        ring_fill(&ring, input, first, (k->kernel_height - 1U) * k->dilation_y + 1U);
+        for (uint32_t row = 0U; row < k->kernel_height; row++) {
+            const int16_t *const start = ring_row(&ring, first + row * k->dilation_y);
+            for (uint32_t s = 0U; s < k->row_segments; s++) {
+                segments[row * k->row_segments + s] = start + s * k->segment_step;
+            }
+        }
+        const int8_t *weights = k->weights;
+        const struct shoal_channel *c = k->channels;
+        for (uint32_t g = 0U; g < k->groups; g++) {
+            for (uint32_t pair = 0U; pair < k->group_pairs; pair++) {
+                const uint32_t left = k->group_outputs - 2U * pair;
+                conv_row(k, &d, &o, weights, c, g * k->group_pixel * 2U, slab,
+                         output + g * k->group_outputs + 2U * pair, left < 2U ? left : 2U);
+                weights += pair_bytes;
+                c += 2;
+            }
+        }
+        output += (uint32_t)k->out_width * k->out_channels;
+    }
+}
+
+/* One row of two channels, which lie together in the ring. */
+static void depthwise_row(const struct shoal_depthwise *k, const int16_t *const *rows,
+                          const struct output *o, const int8_t *weights,
+                          const struct shoal_channel *c, uint32_t channel, int8_t *to,
+                          uint32_t outputs)
+{
+    const uint32_t tap_step = (uint32_t)k->dilation_x * k->pixel;
+    const uint32_t step = (uint32_t)k->stride_x * k->pixel;
+    uint32_t at = channel;
+    for (uint32_t x = 0U; x < k->out_width; x++) {
+        const int8_t *w = weights;
+        int32_t sum0 = c[0].bias;
+        int32_t sum1 = c[1].bias;
+        for (uint32_t row = 0U; row < k->kernel_height; row++) {
+            const int16_t *value = rows[row] + at;
+            for (uint32_t tap = 0U; tap < k->kernel_width; tap++) {
+                sum0 += w[0] * value[0];
+                sum1 += w[1] * value[1];
+                w += 2;
+                value += tap_step;
+            }
+        }
+        to[0] = output_byte(o, &c[0], sum0);
+        if (outputs == 2U) {
+            to[1] = output_byte(o, &c[1], sum1);
+        }
+        to += k->channel_count;
+        at += step;
+    }
+}
+
+void shoal_depthwise(const struct shoal_depthwise *k, const int8_t *input, int8_t *output,
+                     void *scratch)
+{
+    const int16_t **rows = (const int16_t **)scratch;
+    int16_t *const ring_space = (int16_t *)(void *)(rows + k->kernel_height);
+    struct ring ring = {ring_space, k->ring_rows, k->ring_row, k->ring_columns, k->pixel,
+                        k->pad_top, k->pad_left, k->in_height, k->in_width, k->channel_count,
+                        1U, k->channel_count, k->pixel, k->in_zero, 0U};
+    const struct output o = output_of(k->out_zero, k->low, k->high, k->fast);
+    const uint32_t pair_bytes = 2U * (uint32_t)k->kernel_height * k->kernel_width;
+    for (uint32_t y = 0U; y < k->out_height; y++) {
+        const uint32_t first = y * k->stride_y;
+        ring_fill(&ring, input, first, (k->kernel_height - 1U) * k->dilation_y + 1U);
+        for (uint32_t row = 0U; row < k->kernel_height; row++) {
+            rows[row] = ring_row(&ring, first + row * k->dilation_y);
+        }
+        const int8_t *weights = k->weights;
+        for (uint32_t channel = 0U; channel < k->channel_count; channel += 2U) {
+            const uint32_t left = k->channel_count - channel;
+            depthwise_row(k, rows, &o, weights, k->channels + channel, channel, output + channel,
+                          left < 2U ? left : 2U);
+            weights += pair_bytes;
+        }
+        output += (uint32_t)k->out_width * k->channel_count;
+    }
+}
+
+/* ---- element by element --------------------------------------------------------------------- */
+
+static inline int32_t add_term(int32_t value, int32_t multiplier, uint32_t right)
+{
+    return shift_right(high_product(shift_left(value, 20U), multiplier), right);
+}
+
+static inline int8_t add_one(const struct shoal_add *k, int32_t first, int32_t second)
+{
+    const int32_t sum = add_term(first - k->first_zero, k->first_multiplier, k->first_right) +
+                        add_term(second - k->second_zero, k->second_multiplier, k->second_right);
+    const int32_t value = shift_right(high_product(sum, k->out_multiplier), k->out_right);
+    return (int8_t)clamped(value + k->out_zero, k->low, k->high);
+}
+
+static inline int8_t mul_one(const struct shoal_mul *k, int32_t first, int32_t second)
+{
+    const int32_t product = (first - k->first_zero) * (second - k->second_zero);
+    const int32_t value =
+        shift_right(high_product(shift_left(product, k->left), k->multiplier), k->right);
+    return (int8_t)clamped(value + k->out_zero, k->low, k->high);
+}
+
+void shoal_add(const struct shoal_add *k, const struct shoal_broadcast *shape,
+               const int8_t *first, const int8_t *second, int8_t *output)
+{
+    for (uint32_t n = 0U; n < shape->size[0]; n++) {
+        for (uint32_t y = 0U; y < shape->size[1]; y++) {
+            for (uint32_t x = 0U; x < shape->size[2]; x++) {
+                const int8_t *a = first + n * shape->first[0] + y * shape->first[1] +
+                                  x * shape->first[2];
+                const int8_t *b = second + n * shape->second[0] + y * shape->second[1] +
+                                  x * shape->second[2];
+                for (uint32_t c = 0U; c < shape->size[3]; c++) {
+                    *output = add_one(k, *a, *b);
+                    output++;
+                    a += shape->first[3];
+                    b += shape->second[3];
+                }
+            }
+        }
+    }
+}
+
+void shoal_mul(const struct shoal_mul *k, const struct shoal_broadcast *shape,
+               const int8_t *first, const int8_t *second, int8_t *output)
+{
+    for (uint32_t n = 0U; n < shape->size[0]; n++) {
+        for (uint32_t y = 0U; y < shape->size[1]; y++) {
+            for (uint32_t x = 0U; x < shape->size[2]; x++) {
+                const int8_t *a = first + n * shape->first[0] + y * shape->first[1] +
+                                  x * shape->first[2];
+                const int8_t *b = second + n * shape->second[0] + y * shape->second[1] +
+                                  x * shape->second[2];
+                for (uint32_t c = 0U; c < shape->size[3]; c++) {
+                    *output = mul_one(k, *a, *b);
+                    output++;
+                    a += shape->first[3];
+                    b += shape->second[3];
+                }
+            }
+        }
+    }
+}
+
+void shoal_look_up(const int8_t *table, const int8_t *input, int8_t *output, uint32_t count)
+{
+    for (uint32_t i = 0U; i < count; i++) {
+        output[i] = table[input[i] + 128];
+    }
+}
+
+/* ---- pooling and moving --------------------------------------------------------------------- */
+
+struct window {
+    uint32_t top, bottom, left, right; /* of the input, bottom and right excluded */
+};
+
+static struct window window_of(const struct shoal_pool *k, uint32_t y, uint32_t x)
+{
+    const uint32_t from_y = y * k->stride_y;
+    const uint32_t from_x = x * k->stride_x;
+    const uint32_t to_y = from_y + k->kernel_height - k->pad_top;
+    const uint32_t to_x = from_x + k->kernel_width - k->pad_left;
+    struct window w;
+    w.top = from_y > k->pad_top ? from_y - k->pad_top : 0U;
+    w.left = from_x > k->pad_left ? from_x - k->pad_left : 0U;
+    w.bottom = to_y < k->in_height ? to_y : k->in_height;
+    w.right = to_x < k->in_width ? to_x : k->in_width;
+    return w;
+}
+
+void shoal_max_pool(const struct shoal_pool *k, const int8_t *input, int8_t *output)
+{
+    for (uint32_t y = 0U; y < k->out_height; y++) {
+        for (uint32_t x = 0U; x < k->out_width; x++) {
+            const struct window w = window_of(k, y, x);
+            for (uint32_t c = 0U; c < k->channels; c++) {
+                int32_t highest = -128;
+                for (uint32_t row = w.top; row < w.bottom; row++) {
+                    const int8_t *at = input + (row * k->in_width + w.left) * k->channels + c;
+                    for (uint32_t column = w.left; column < w.right; column++) {
+                        if (*at > highest) {
+                            highest = *at;
+                        }
+                        at += k->channels;
+                    }
+                }
+                *output = (int8_t)clamped(highest, k->low, k->high);
+                output++;
+            }
+        }
+    }
+}
+
+void shoal_average_pool(const struct shoal_pool *k, const int8_t *input, int8_t *output)
+{
+    for (uint32_t y = 0U; y < k->out_height; y++) {
+        for (uint32_t x = 0U; x < k->out_width; x++) {
+            const struct window w = window_of(k, y, x);
+            const int32_t count = (int32_t)((w.bottom - w.top) * (w.right - w.left));
+            for (uint32_t c = 0U; c < k->channels; c++) {
+                int32_t sum = 0;
+                for (uint32_t row = w.top; row < w.bottom; row++) {
+                    const int8_t *at = input + (row * k->in_width + w.left) * k->channels + c;
+                    for (uint32_t column = w.left; column < w.right; column++) {
+                        sum += *at;
+                        at += k->channels;
+                    }
+                }
+                sum += sum > 0 ? count / 2 : -(count / 2);
+                *output = (int8_t)clamped(sum / count, k->low, k->high);
+                output++;
+            }
+        }
+    }
+}
+
+void shoal_mean(const struct shoal_mean *k, const int8_t *input, int8_t *output)
+{
+    for (uint32_t n = 0U; n < k->outer; n++) {
+        for (uint32_t i = 0U; i < k->inner; i++) {
+            const int8_t *at = input + n * k->count * k->inner + i;
+            int32_t sum = 0;
+            for (uint32_t j = 0U; j < k->count; j++) {
+                sum += *at - k->in_zero;
+                at += k->inner;
+            }
+            const int32_t value =
+                shift_right(high_product(shift_left(sum, k->left), k->multiplier), k->right);
+            *output = (int8_t)clamped(value + k->out_zero, -128, 127);
+            output++;
+        }
+    }
+}
+
+void shoal_pad(const struct shoal_pad *k, const int8_t *input, int8_t *output)
+{
+    uint32_t at[4];
+    for (at[0] = 0U; at[0] < k->out_size[0]; at[0]++) {
+        for (at[1] = 0U; at[1] < k->out_size[1]; at[1]++) {
+            for (at[2] = 0U; at[2] < k->out_size[2]; at[2]++) {
+                uint32_t inside = 1U;
+                for (uint32_t axis = 0U; axis < 3U; axis++) {
+                    if ((at[axis] < k->before[axis]) ||
+                        (at[axis] - k->before[axis] >= k->in_size[axis])) {
+                        inside = 0U;
+                    }
+                }
+                memset(output, k->value, k->out_size[3]);
+                if (inside != 0U) {
+                    memcpy(output + k->before[3], input, k->in_size[3]);
+                    input += k->in_size[3];
+                }
+                output += k->out_size[3];
+            }
+        }
+    }
+}
+
+void shoal_copy_rows(const int8_t *input, int8_t *output, uint32_t rows, uint32_t row_bytes,
+                     uint32_t out_step)
+{
+    for (uint32_t row = 0U; row < rows; row++) {
+        memcpy(output, input, row_bytes);
+        input += row_bytes;
+        output += out_step;
+    }
+}
+
+/* ---- softmax -------------------------------------------------------------------------------- */
+
+static uint32_t leading_zeros(uint32_t value)
+{
+#if defined(__GNUC__)
+    return (uint32_t)__builtin_clz(value);
+#else
+    uint32_t count = 0U;
+    while ((value & 0x80000000U) == 0U) {
+        value <<= 1;
+        count++;
+    }
+    return count;
+#endif
+}
+
+static int32_t saturating_shift_left(int32_t value, uint32_t bits)
+{
+    const int64_t wide = (int64_t)value * (1LL << bits);
+    if (wide > INT32_MAX) {
+        return INT32_MAX;
+    }
+    return wide < INT32_MIN ? INT32_MIN : (int32_t)wide;
+}
+
+/* 1 / (1 + x), x in [0, 1], Q0.31: three Newton steps from 48/17 - 32/17 * (1 + x) / 2. */
+static int32_t reciprocal_of_one_plus(int32_t x)
+{
+    const int32_t half = (int32_t)(((int64_t)x + INT32_MAX + 1) / 2);
+    int32_t estimate = 1515870810 + high_product(half, -1010580540);
+    for (uint32_t step = 0U; step < 3U; step++) {
+        const int32_t rest = (1 << 29) - high_product(half, estimate);
+        estimate += saturating_shift_left(high_product(estimate, rest), 2U);
+    }
+    return saturating_shift_left(estimate, 1U);
+}
+
+void shoal_softmax(const int32_t *exponentials, uint32_t entries, const int8_t *input,
+                   int8_t *output, uint32_t rows, uint32_t row)
+{
+    for (uint32_t n = 0U; n < rows; n++) {
+        int32_t highest = -128;
+        for (uint32_t i = 0U; i < row; i++) {
+            highest = input[i] > highest ? input[i] : highest;
+        }
+        int32_t sum = 0; /* Q12.19 */
+        for (uint32_t i = 0U; i < row; i++) {
+            const uint32_t difference = (uint32_t)(highest - input[i]);
+            if (difference < entries) {
+                sum += shift_right(exponentials[difference], 12U);
+            }
+        }
+        const uint32_t zeros = leading_zeros((uint32_t)sum);
+        const int32_t scale =
+            reciprocal_of_one_plus((int32_t)(((uint32_t)sum << zeros) - 0x80000000U));
+        for (uint32_t i = 0U; i < row; i++) {
+            const uint32_t difference = (uint32_t)(highest - input[i]);
+            int32_t value = 0;
+            if (difference < entries) {
+                value = shift_right(high_product(scale, exponentials[difference]), 35U - zeros);
+            }
+            output[i] = (int8_t)clamped(value - 128, -128, 127);
+        }
+        input += row;
+        output += row;
+    }
+}
