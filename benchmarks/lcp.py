@@ -1,0 +1,339 @@
+"""LCP: counts of the paper's tables, and what branches trained from the labels alone reach.
+
+    python -m benchmarks.lcp counts                        # no TensorFlow, at once
+    python -m benchmarks.lcp train CASE ... [--seeds N]
+
+CASE is a key of CASES, such as `lenet/4`. Every run is kept in .cache/lcp and goes on where it was
+interrupted; its result is added to results/lcp.json. The last 5 000 training images tell which
+accuracy validation has; nothing is chosen by test images. Pieces are exported as `shoal export`
+does, and run with LiteRT on all test images, with everybody there and with each branch lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.datasets import ROOT, npz_path
+from benchmarks.record import RESULTS, circumstances, load, machine_line, save
+from exporter.methods.lcp.counts import split_counts
+from exporter.training import Checkpoint, TrainOptions, train
+from exporter.zoo.papers import CIFARNET_BN, NETWORKS, PaperNetwork
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+NAME = "lcp"
+CACHE = ROOT / ".cache" / "lcp"
+HELD_OUT = 5_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of counts.
+
+    Attributes:
+        model, split, fatten, classes: As `shoal counts lcp` takes them; `fatten` in percent.
+        params: What the paper prints, or its layout gives exactly; None where it prints another.
+        note: The difference and its reason where there is one.
+    """
+
+    model: str
+    split: int
+    fatten: int
+    classes: int
+    params: int | None
+    note: str = ""
+
+
+_SCALE = "MACs in the paper also count biases, pooling and norms (0.6 % more)"
+_ALEX = "MACs in the paper fit maps of 55, 26 and 11 pixels; the layout gives 54, 26 and 12"
+COUNTS = (
+    Row("lenet-fc", 1, 0, 10, 266_610),
+    *(
+        Row("lenet", s, 0, 10, n, "the paper's MACs are the number of weights")
+        for s, n in ((1, 61_706), (2, 31_466), (4, 16_094), (8, 8_834))
+    ),
+    Row("cifarnet", 1, 0, 10, 797_966, _SCALE),
+    *(
+        Row("cifarnet", s, 0, 100, n, _SCALE)
+        for s, n in ((1, 815_336), (2, 410_476), (4, 208_052), (8, 106_852))
+    ),
+    Row("alexnetv2", 1, 0, 1000, 50_303_912, _ALEX),
+    Row("alexnetv2", 8, 0, 1000, 6_317_480, _ALEX),
+    Row("alexnetv2", 8, 40, 1000, 12_108_024, _ALEX),
+    Row("vgg16", 1, 0, 1000, 138_357_544),
+    Row("vgg16", 8, 0, 1000, None, "7.64 M in the paper: the figure of VGG-S split8, copied"),
+    Row("vgg16", 8, 40, 1000, 33_777_712),
+    Row("vgg-s", 1, 0, 100, 76_152_548),
+    Row("vgg-s", 1, 0, 102, None, "60.79 M in the paper: no standard stack has as many"),
+    Row("resnet18", 1, 0, 1000, 11_689_512, "MACs 0.01 G below the paper's, all four"),
+    *(
+        Row("resnet18", s, 0, 1000, n, "MACs 0.01 G below the paper's, all four")
+        for s, n in ((2, 6_110_760), (4, 3_321_384), (8, 1_926_696))
+    ),
+    Row("resnet50", 1, 0, 1000, None, "22.80 M in the paper: without projection shortcuts"),
+    Row("resnet50", 8, 0, 1000, None, "5.42 M in the paper: 5.042 with a digit dropped"),
+    Row("resnet50", 8, 40, 1000, 8_604_056, "MACs 1.18 G in the paper"),
+    Row("mobilenet", 1, 0, 1000, None, "4.24 M in the paper; its 4.86 G MACs are not MobileNet's"),
+    Row("mobilenet", 8, 0, 1000, None, "1.12 M in the paper: between sum (0.59) and concat"),
+    Row("mobilenet", 8, 40, 1000, None, "2.12 M in the paper: between sum (1.03) and concat"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network to train.
+
+    Attributes:
+        network: Its layout.
+        data: Name of the data.
+        split: Branches.
+        fatten: Percent.
+        dropout: Chance that a branch is not heard in training.
+        to_reach: Accuracy in points, "base - 1" is relative to the same network unsplit.
+        paper: Its accuracy in the paper, percent.
+    """
+
+    network: PaperNetwork
+    data: str
+    split: int
+    fatten: int = 0
+    dropout: float = 0.0
+    to_reach: str = "-"
+    paper: str = "-"
+
+
+LENET, CIFARNET = NETWORKS["lenet"], CIFARNET_BN
+CASES = {
+    "lenet/1": Case(LENET, "mnist", 1, to_reach=">= 99.0", paper="98.76"),
+    "lenet/2": Case(LENET, "mnist", 2, to_reach=">= 99.0", paper="98.86"),
+    "lenet/4": Case(LENET, "mnist", 4, to_reach=">= 99.0", paper="98.93"),
+    "lenet/8": Case(LENET, "mnist", 8, to_reach=">= 99.0", paper="98.81"),
+    "lenet/4-tolerant": Case(LENET, "mnist", 4, dropout=0.3),
+    "lenet/8-tolerant": Case(LENET, "mnist", 8, dropout=0.3),
+    "cifarnet/1": Case(CIFARNET, "cifar10", 1),
+    "cifarnet/8": Case(CIFARNET, "cifar10", 8),
+    "cifarnet/8-f40": Case(CIFARNET, "cifar10", 8, 40, to_reach="base - 1", paper="base - 3"),
+    "cifarnet/8-f40-tolerant": Case(CIFARNET, "cifar10", 8, 40, dropout=0.3),
+}
+RECIPES = {
+    "mnist": TrainOptions(epochs=12, rate=3e-3, warm_up=0.1, decay=1e-5, crop_pixels=2),
+    "cifar10": TrainOptions(
+        epochs=30, rate=2e-3, warm_up=0.1, decay=1e-4, crop_pixels=3, flip=True
+    ),
+}
+
+
+def counts() -> list[dict[str, Any]]:
+    """Every line of COUNTS as it is counted."""
+    rows = []
+    for row in COUNTS:
+        found = split_counts(row.model, row.split, fatten=row.fatten / 100, classes=row.classes)
+        rows.append(
+            {
+                "model": row.model,
+                "split": row.split,
+                "fatten": row.fatten,
+                "classes": row.classes,
+                "params": found.params,
+                "macs": found.macs,
+                "weights": found.weights,
+                "paper": row.params,
+                "note": row.note,
+            }
+        )
+    return rows
+
+
+def trained(name: str, seed: int) -> dict[str, Any]:
+    """Train, export and measure one case."""
+    from agent.protocol.fleet import Fleet
+    from exporter import pipeline
+    from exporter.data import Split, load_data
+    from exporter.methods.branches import settle
+    from exporter.quantize.native_stderr import start_tensorflow
+
+    start_tensorflow()
+    import keras
+    import tensorflow as tf
+
+    from exporter.methods.lcp.zoo import paper_branches
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    case = CASES[name]
+    with np.load(npz_path(case.data)) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    x, y = arrays["x_train"], arrays["y_train"].astype(np.int64)
+    data = load_data(str(npz_path(case.data)))
+    training = Split(x[:-HELD_OUT], y[:-HELD_OUT])
+    data = replace(data, train=training, held_out=Split(x[-HELD_OUT:], y[-HELD_OUT:]))
+    devices = [f"w{i}" for i in range(case.split)]
+    fleet = Fleet.model_validate(
+        {
+            "shoal": 1,
+            "fleet": "bench",
+            "aggregator": "hub",
+            "devices": [
+                *({"id": device, "kind": "pi-4"} for device in devices),
+                {"id": "hub", "kind": "pi-4", "tier": "edge"},
+            ],
+        }
+    )
+    keras.utils.set_random_seed(seed)
+    network = paper_branches(case.network, devices, fatten=case.fatten / 100)
+    options = replace(RECIPES[case.data], part_dropout=case.dropout, seed=seed)
+    began = time.monotonic()
+
+    def tell(what: str, done: int, total: int) -> None:
+        print(
+            f"{name} seed {seed}: {what} {done}/{total}, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+
+    history = train(
+        network.models,
+        network.label_loss(options),
+        data.train,
+        data.inputs,
+        options,
+        parts=case.split,
+        score=network.logits,
+        validation=data.held_out,
+        checkpoint=Checkpoint(CACHE, name),
+        progress=tell,
+    )
+    exported = pipeline.quantize(network.pieces(data, fleet), data, fleet, "int8", tell)
+    settled = settle(network, "lcp", data, fleet, pipeline.runner(exported))
+    figures = {key: figure.value for key, figure in settled.figures.items()}
+    layout = split_counts(
+        "cifarnet" if case.network is CIFARNET else case.network.name,
+        case.split,
+        fatten=case.fatten / 100,
+    )
+    return {
+        "params": layout.params,
+        "macs": layout.macs,
+        "branch_params": layout.branch.parameters,
+        "validation": history.accuracy,
+        "float": figures["accuracy_fleet_float"],
+        "int8": figures["accuracy_fleet"],
+        "one_lost": figures.get("accuracy_fleet_one_lost"),
+        "payload": figures["fleet_payload"],
+        "epochs": options.epochs,
+        "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def result() -> dict[str, Any]:
+    """What was measured so far, or an empty start."""
+    if (RESULTS / f"{NAME}.json").exists():
+        return load(NAME)
+    return {"counts": [], "runs": {}}
+
+
+def _mean(values: Sequence[float]) -> str:
+    points = [100 * value for value in values]
+    spread = f" +- {statistics.stdev(points):.2f}" if len(points) > 1 else ""
+    return f"{statistics.mean(points):.2f}{spread} ({len(points)})"
+
+
+def draw() -> str:
+    """The tables, Markdown."""
+    told = result()
+    lines = [
+        "# LCP: branches in parallel, merged once",
+        "",
+        "Trained parameters and multiply-accumulates as counted from the layouts "
+        "(`shoal counts lcp`).",
+        "",
+        "| network | split | classes | parameters | paper | MACs | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in told["counts"]:
+        split = f"{row['split']}" + (f"-f{row['fatten']}" if row["fatten"] else "")
+        paper = {None: "differs", row["params"]: "equal"}.get(row["paper"], f"{row['paper']}")
+        lines.append(
+            f"| {row['model']} | {split} | {row['classes']} | {row['params']:,} | {paper} | "
+            f"{row['macs'] / 1e6:,.3f} M | {row['note'] or '-'} |"
+        )
+    if told["runs"]:
+        lines += [
+            "",
+            "Accuracy on all test images in percent, mean +- deviation (seeds), trained from the "
+            "labels. *One lost*: the worst branch missing. *Sent*: payloads of all branches.",
+            "",
+            "| network | split | parameters | MACs | float | int8 fleet | one lost | sent | "
+            "to reach | paper |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_line(name, list(runs.values())) for name, runs in _in_order(told["runs"])]
+    lines += ["", f"Measured at {machine_line(told)}.", ""]
+    return "\n".join(lines)
+
+
+def _in_order(runs: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, runs[name]) for name in CASES if name in runs]
+
+
+def _line(name: str, runs: Sequence[dict[str, Any]]) -> str:
+    case, first = CASES[name], runs[0]
+    lost = "-" if first["one_lost"] is None else _mean([run["one_lost"] for run in runs])
+    cells = [
+        f"{case.network.name.removesuffix('-bn')} / {case.data}",
+        name.partition("/")[2],
+        f"{first['params']:,}",
+        f"{first['macs'] / 1e6:,.3f} M",
+        _mean([run["float"] for run in runs]),
+        _mean([run["int8"] for run in runs]),
+        lost,
+        f"{first['payload']:,.0f} B" if case.split > 1 else "-",
+        case.to_reach,
+        case.paper,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Count, or train."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("counts")
+    training = commands.add_parser("train")
+    training.add_argument("cases", nargs="+", metavar="CASE", help=", ".join(CASES))
+    training.add_argument("--seeds", type=int, default=3)
+    chosen = parser.parse_args()
+    if chosen.command == "counts":
+        told = result()
+        told["counts"] = counts()
+        told["circumstances"] = circumstances("numpy")
+        save(NAME, told)
+        return
+    if unknown := [name for name in chosen.cases if name not in CASES]:
+        parser.error(f"no case {unknown[0]!r}; there are: {', '.join(CASES)}")
+    for seed in range(chosen.seeds):
+        for name in chosen.cases:
+            told = result()
+            if str(seed) in told["runs"].get(name, {}):
+                continue
+            run = trained(name, seed)
+            told = result()
+            told["runs"].setdefault(name, {})[str(seed)] = run
+            told["circumstances"] = circumstances(
+                "tensorflow-cpu", "keras", "ai-edge-litert", "numpy"
+            )
+            save(NAME, told)
+            print(json.dumps({name: run}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
