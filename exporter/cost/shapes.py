@@ -1,117 +1,82 @@
-"""The papers' networks as layer graphs of shapes alone: no weights, no Keras.
+"""Networks as layer graphs of shapes alone: no weights, no Keras.
 
 What costs are estimated from needs shapes only; a VGG-16 with its weights would take half a
-gigabyte. Batch norm is folded into the convolution before it, as exported pieces have it.
+gigabyte. `graph_of` turns any layout into a graph; two networks of Edge^nAI's are laid out here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import ceil, prod
+from math import prod
 
 from exporter.graph import Flow, Layer, LayerGraph, Shape
+from exporter.zoo.layout import Layout, Step
 
-VGG16_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-VGG16_NAMES = tuple(
-    f"conv{block}_{i}"
-    for block, depth in enumerate((2, 2, 3, 3, 3), 1)
-    for i in range(1, depth + 1)
-)
-VGG16_DENSE = (4096, 4096)
+VGG16_WIDTHS: Mapping[str, int] = {
+    "conv1_1": 64, "conv1_2": 64, "conv2_1": 128, "conv2_2": 128, "conv3_1": 256, "conv3_2": 256,
+    "conv3_3": 256, "conv4_1": 512, "conv4_2": 512, "conv4_3": 512, "conv5_1": 512, "conv5_2": 512,
+    "conv5_3": 512, "fc6": 4096, "fc7": 4096,
+}  # fmt: skip
 RESNET152_BLOCKS = (3, 8, 36, 3)
 
+_OPS = {
+    "frame": ("InputLayer", Flow.SOURCE),
+    "conv": ("Conv2D", Flow.MAKE),
+    "dense": ("Dense", Flow.MAKE),
+    "depthwise": ("DepthwiseConv2D", Flow.PASS),
+    "batch_norm": ("BatchNormalization", Flow.PASS),
+    "scale": ("BatchNormalization", Flow.PASS),
+    "relu": ("ReLU", Flow.PASS),
+    "max_pool": ("MaxPooling2D", Flow.PASS),
+    "global_pool": ("GlobalAveragePooling2D", Flow.PASS),
+    "flatten": ("Flatten", Flow.FLATTEN),
+    "add": ("Add", Flow.JOIN),
+    "dropout": ("Dropout", Flow.PASS),
+}
 
-class ShapeBuilder:
-    """Adds one layer after the other and counts what each costs.
 
-    Every method takes the names of the layers that it reads and returns the new layer's name.
+def graph_of(layout: Layout) -> LayerGraph:
+    """A layout as the graph of its exported form.
+
+    Batch norm and the like are folded into the kernel before them, ReLU is part of the layer that
+    it follows, and every kernel has a bias, as in a `.tflite` file.
     """
+    layers: dict[str, Layer] = {}
+    for step in layout.steps:
+        layers[step.name] = _layer(step, layers)
+    (frame,) = (step.name for step in layout.steps if step.op == "frame")
+    return LayerGraph(layout.name, tuple(layers.values()), (frame,), (layout.output.name,))
 
-    def __init__(self, name: str, input_shape: Shape) -> None:
-        self.name = name
-        self._layers: dict[str, Layer] = {}
-        self._add(Layer("frame", "InputLayer", (), input_shape, Flow.SOURCE))
 
-    def shape(self, name: str) -> Shape:
-        """Output shape of a layer, without the batch axis."""
-        return self._layers[name].output_shape
-
-    def convolution(
-        self,
-        name: str,
-        source: str,
-        filters: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        padding: str = "same",
-        activation: str | None = "relu",
-    ) -> str:
-        """A square convolution with a bias; padding is `same` or `valid`."""
-        height, width, channels = self.shape(source)
-        size = [_size(n, kernel, stride, padding) for n in (height, width)]
-        shape = (kernel, kernel, channels, filters)
-        return self._kernel(name, "Conv2D", source, (*size, filters), shape, activation)
-
-    def dense(self, name: str, source: str, units: int, *, activation: str | None = None) -> str:
-        """A dense layer with a bias, on a vector."""
-        (values,) = self.shape(source)
-        return self._kernel(name, "Dense", source, (units,), (values, units), activation)
-
-    def pool(
-        self,
-        name: str,
-        source: str,
-        size: int,
-        *,
-        stride: int | None = None,
-        padding: str = "valid",
-    ) -> str:
-        """Square max pooling."""
-        height, width, channels = self.shape(source)
-        sides = [_size(n, size, stride or size, padding) for n in (height, width)]
-        return self._add(Layer(name, "MaxPooling2D", (source,), (*sides, channels), Flow.PASS))
-
-    def global_pool(self, name: str, source: str) -> str:
-        """The mean of each channel."""
-        shape = self.shape(source)[-1:]
-        return self._add(Layer(name, "GlobalAveragePooling2D", (source,), shape, Flow.PASS))
-
-    def add(self, name: str, sources: Sequence[str]) -> str:
-        """The sum of several tensors of one shape, and a ReLU that costs nothing more."""
-        shape = self.shape(sources[0])
-        return self._add(Layer(name, "Add", tuple(sources), shape, Flow.JOIN, activation="relu"))
-
-    def flatten(self, name: str, source: str) -> str:
-        """A vector of all values."""
-        shape = (prod(self.shape(source)),)
-        return self._add(Layer(name, "Flatten", (source,), shape, Flow.FLATTEN, in_place=True))
-
-    def graph(self, output: str) -> LayerGraph:
-        """Everything that was added, as a model that returns one layer's output."""
-        return LayerGraph(self.name, tuple(self._layers.values()), ("frame",), (output,))
-
-    def _kernel(
-        self, name: str, op: str, source: str, output: Shape, kernel: Shape, activation: str | None
-    ) -> str:
-        weights = prod(kernel)
-        layer = Layer(name, op, (source,), output, Flow.MAKE)
-        return self._add(
-            replace(
-                layer,
-                weight_shapes=(kernel, output[-1:]),
-                parameters=weights + output[-1],
-                inference_parameters=weights + output[-1],
-                macs=prod(output[:-1]) * weights,
-                activation=activation,
-                kernel_parameters=weights,
-            )
-        )
-
-    def _add(self, layer: Layer) -> str:
-        self._layers[layer.name] = layer
-        return layer.name
+def _layer(step: Step, layers: Mapping[str, Layer]) -> Layer:
+    op, flow = _OPS[step.op]
+    layer = Layer(
+        name=step.name,
+        op=op,
+        inputs=step.inputs,
+        output_shape=step.shape,
+        flow=flow,
+        parameters=step.parameters,
+        macs=step.macs,
+        activation="relu" if step.settings.get("relu") else None,
+        in_place=step.op in ("batch_norm", "scale", "relu", "flatten", "dropout"),
+        folded=step.op in ("batch_norm", "scale"),
+    )
+    if step.op not in ("conv", "dense", "depthwise"):
+        return layer
+    kernel: Shape = (layers[step.inputs[0]].channels, step.shape[-1])
+    if step.op == "depthwise":
+        kernel = (3, 3, step.shape[-1], 1)
+    elif step.op == "conv":
+        side = step.settings["kernel"]
+        kernel = (side, side, *kernel)
+    return replace(
+        layer,
+        weight_shapes=(kernel, (step.shape[-1],)),
+        inference_parameters=prod(kernel) + step.shape[-1],
+        kernel_parameters=prod(kernel),
+    )
 
 
 def vgg16(classes: int, *, widths: Mapping[str, int] | None = None, image: int = 224) -> LayerGraph:
@@ -123,18 +88,18 @@ def vgg16(classes: int, *, widths: Mapping[str, int] | None = None, image: int =
             `fc7`): a pruned network.
         image: Height and width of the RGB image.
     """
-    own = dict(zip((*VGG16_NAMES, "fc6", "fc7"), (*VGG16_WIDTHS, *VGG16_DENSE), strict=True))
-    own |= widths or {}
-    build = ShapeBuilder("vgg16", (image, image, 3))
-    x = "frame"
-    for i, name in enumerate(VGG16_NAMES):
-        x = build.convolution(name, x, own[name], 3)
-        if i + 1 == len(VGG16_NAMES) or VGG16_NAMES[i + 1][4] != name[4]:
-            x = build.pool(f"pool{name[4]}", x, 2)
-    x = build.flatten("flatten", x)
+    own = {**VGG16_WIDTHS, **(widths or {})}
+    net = Layout("vgg16", (image, image, 3))
+    x = net.frame
+    for block, depth in enumerate((2, 2, 3, 3, 3), 1):
+        for i in range(1, depth + 1):
+            x = net.conv(f"conv{block}_{i}", x, own[f"conv{block}_{i}"], 3)
+        x = net.max_pool(f"pool{block}", x, 2, 2)
+    x = net.flatten("flatten", x)
     for name in ("fc6", "fc7"):
-        x = build.dense(name, x, own[name], activation="relu")
-    return build.graph(build.dense("logits", x, classes))
+        x = net.dense(name, x, own[name])
+    net.dense("logits", x, classes, relu=False)
+    return graph_of(net)
 
 
 def bottleneck_resnet(
@@ -153,24 +118,19 @@ def bottleneck_resnet(
             is 256, 512, 1024 and 2048 channels whatever they have within.
         image: Height and width of the RGB image.
     """
-    build = ShapeBuilder(f"resnet{3 * sum(blocks) + 2}", (image, image, 3))
-    x = build.convolution("conv1", "frame", 64, 7, stride=2)
-    x = build.pool("pool1", x, 3, stride=2, padding="same")
+    net = Layout(f"resnet{3 * sum(blocks) + 2}", (image, image, 3))
+    x = net.conv("conv1", net.frame, 64, 7, stride=2)
+    x = net.max_pool("pool1", x, 3, 2, padding="same")
     for stage, (depth, width) in enumerate(zip(blocks, inner, strict=True), 1):
         outer = 128 * 2**stage
         for i in range(1, depth + 1):
             name = f"stage{stage}_{i}"
             stride = 2 if stage > 1 and i == 1 else 1
-            y = build.convolution(f"{name}_conv1", x, width, 1)
-            y = build.convolution(f"{name}_conv2", y, width, 3, stride=stride)
-            y = build.convolution(f"{name}_conv3", y, outer, 1, activation=None)
+            y = net.conv(f"{name}_conv1", x, width, 1)
+            y = net.conv(f"{name}_conv2", y, width, 3, stride=stride)
+            y = net.conv(f"{name}_conv3", y, outer, 1, relu=False)
             if i == 1:
-                x = build.convolution(
-                    f"{name}_shortcut", x, outer, 1, stride=stride, activation=None
-                )
-            x = build.add(f"{name}_add", (y, x))
-    return build.graph(build.dense("logits", build.global_pool("pool", x), classes))
-
-
-def _size(size: int, kernel: int, stride: int, padding: str) -> int:
-    return ceil(size / stride) if padding == "same" else (size - kernel) // stride + 1
+                x = net.conv(f"{name}_skip", x, outer, 1, stride=stride, relu=False)
+            x = net.add(f"{name}_add", y, x)
+    net.dense("logits", net.global_pool("pool", x), classes, relu=False)
+    return graph_of(net)

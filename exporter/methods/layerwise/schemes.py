@@ -74,6 +74,14 @@ class Choice:
     traffic: Fraction
 
 
+_Path = tuple[Fraction, tuple[Scheme, ...]]
+
+
+def _preference(path: _Path) -> tuple[Fraction, int]:
+    """Less traffic, then fewer sums to wait for."""
+    return path[0], path[1].count(Scheme.LIP)
+
+
 def cheapest(network: HubGraph, devices: int, rules: Rules | None = None) -> Choice:
     """The division with the least traffic; exact for every chain between two joins.
 
@@ -90,20 +98,27 @@ def cheapest(network: HubGraph, devices: int, rules: Rules | None = None) -> Cho
     schemes: dict[str, Scheme] = {}
     total = Fraction(0)
     for chain in chains(network):
-        best: dict[Scheme | None, tuple[Fraction, tuple[Scheme, ...]]] = {None: (Fraction(0), ())}
+        best: dict[Scheme | None, _Path] = {None: (Fraction(0), ())}
         for kernel in chain:
-            reached: dict[Scheme | None, tuple[Fraction, tuple[Scheme, ...]]] = {}
-            for scheme in _allowed(network, kernel, rules):
-                reached[scheme] = min(
-                    (cost + step_traffic(network, kernel, before, scheme, devices, rules),
-                     (*path, scheme))
-                    for before, (cost, path) in best.items()
-                )  # fmt: skip
-            best = reached
+            best = {
+                scheme: min(
+                    (
+                        (
+                            cost + step_traffic(network, kernel, before, scheme, devices, rules),
+                            (*path, scheme),
+                        )
+                        for before, (cost, path) in best.items()
+                    ),
+                    key=_preference,
+                )
+                for scheme in _allowed(network, kernel, rules)
+            }
         cost, path = min(
-            (cost + end_traffic(network, chain[-1], last, devices), path)
-            for last, (cost, path) in best.items()
-            if last is not None
+            (
+                (cost + end_traffic(network, chain[-1], path[-1], devices), path)
+                for cost, path in best.values()
+            ),
+            key=_preference,
         )
         total += cost
         schemes |= dict(zip(chain, path, strict=True))
