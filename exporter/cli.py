@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-METHOD_NAMES = ("snn", "ddnn", "lcp")
+METHOD_NAMES = ("snn", "ddnn", "lcp", "layerwise")
 
 
 def _inputs(command: F) -> F:
@@ -574,7 +574,13 @@ def lcp(
 
 
 def _method_options(method: str, chosen: dict[str, Any]) -> Any:
-    return {"snn": _options, "ddnn": _ddnn_options, "lcp": _lcp_options}[method](chosen)
+    options = {
+        "snn": _options,
+        "ddnn": _ddnn_options,
+        "lcp": _lcp_options,
+        "layerwise": _layerwise_options,
+    }
+    return options[method](chosen)
 
 
 def _ddnn_options(chosen: dict[str, Any]) -> Any:
@@ -627,6 +633,12 @@ def _lcp_options(chosen: dict[str, Any]) -> Any:
         cache=chosen["cache"],
         seed=chosen["seed"],
     )
+
+
+def _layerwise_options(chosen: dict[str, Any]) -> Any:
+    from exporter.methods.layerwise.options import LayerwiseOptions
+
+    return LayerwiseOptions(seed=chosen["seed"])
 
 
 def _options(chosen: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ from exporter.methods.face import (
     TrainedPiece,
     WrittenPiece,
 )
+from exporter.methods.layerwise.method import Layerwise
 from exporter.methods.lcp.method import LCP
 from exporter.methods.snn.method import SNN
 from exporter.quantize import (
@@ -47,7 +48,7 @@ from exporter.surgery import without_softmax
 if TYPE_CHECKING:
     import keras
 
-METHODS: Mapping[str, Method] = {"snn": SNN(), "ddnn": DDNNMethod(), "lcp": LCP()}
+METHODS: Mapping[str, Method] = {"snn": SNN(), "ddnn": DDNNMethod(), "lcp": LCP(), "layerwise": Layerwise()}
 OWN_NETWORK = frozenset({"ddnn"})
 """Methods that train a network of their own: they take no model."""
 
