@@ -28,7 +28,9 @@ from exporter.methods.lcp.counts import split_counts
 from exporter.training import Checkpoint, TrainOptions, train
 from exporter.zoo.papers import CIFARNET_BN, NETWORKS, PaperNetwork
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+for threads in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+    os.environ.setdefault(threads, "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 NAME = "lcp"
 CACHE = ROOT / ".cache" / "lcp"
@@ -163,11 +165,9 @@ def trained(name: str, seed: int) -> dict[str, Any]:
 
     start_tensorflow()
     import keras
-    import tensorflow as tf
 
     from exporter.methods.lcp.zoo import paper_branches
 
-    tf.config.threading.set_intra_op_parallelism_threads(1)
     case = CASES[name]
     with np.load(npz_path(case.data)) as archive:
         arrays = {key: archive[key] for key in archive.files}
