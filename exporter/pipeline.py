@@ -48,7 +48,12 @@ from exporter.surgery import without_softmax
 if TYPE_CHECKING:
     import keras
 
-METHODS: Mapping[str, Method] = {"snn": SNN(), "ddnn": DDNNMethod(), "lcp": LCP(), "layerwise": Layerwise()}
+METHODS: Mapping[str, Method] = {
+    "snn": SNN(),
+    "ddnn": DDNNMethod(),
+    "lcp": LCP(),
+    "layerwise": Layerwise(),
+}
 OWN_NETWORK = frozenset({"ddnn"})
 """Methods that train a network of their own: they take no model."""
 
