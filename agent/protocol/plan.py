@@ -211,6 +211,45 @@ class Strategy(Contract):
         return next(node for node in self.nodes if node.name == name)
 
 
+class StrategyCost(Contract):
+    """What one strategy takes and gives, so that one can be picked for a bandwidth.
+
+    Attributes:
+        compute_ms: On all its devices together, predicted or measured.
+        sent_bytes: Payload between its devices.
+        messages: How many messages that is.
+        accuracy: Share of inputs that it gets right.
+    """
+
+    compute_ms: Annotated[float, Field(ge=0.0)]
+    sent_bytes: Annotated[int, Field(ge=0)]
+    messages: Annotated[int, Field(ge=0)]
+    accuracy: Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Adaptation(Contract):
+    """What a strategy is picked by, request by request (Edgent).
+
+    Attributes:
+        limit_ms: The latency required.
+        link_ms: What one message takes however small it is.
+        lowest_bits_per_s, highest_bits_per_s: Bandwidths that are told apart lie between them.
+        costs: Of each strategy, in the plan's order.
+    """
+
+    limit_ms: Annotated[float, Field(gt=0.0)]
+    link_ms: Annotated[float, Field(ge=0.0)]
+    lowest_bits_per_s: Annotated[float, Field(gt=0.0)]
+    highest_bits_per_s: Annotated[float, Field(gt=0.0)]
+    costs: tuple[StrategyCost, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _rates_ascend(self) -> Self:
+        if not self.lowest_bits_per_s < self.highest_bits_per_s:
+            raise ValueError("the lowest bandwidth must be below the highest")
+        return self
+
+
 class Plan(Contract):
     """A small, frozen, serialisable graph of one inference over a fleet.
 
@@ -218,7 +257,8 @@ class Plan(Contract):
         method: Which method made it (`snn`, `ddnn`, ...), for people: nothing branches on it.
         classes: Class labels; a class index anywhere points into this.
         pieces: Every model of the plan.
-        strategies: The ways to run it; a device picks one per request.
+        strategies: The ways to run it; who asks picks one per request.
+        adaptation: What it is picked by; None: the first is taken unless another is asked for.
         unseen_guess: Class that is guessed, as not known, where nobody who is there sees anything:
             who is lost may have. None: nothing is guessed.
     """
@@ -229,6 +269,7 @@ class Plan(Contract):
     pieces: tuple[Piece, ...] = Field(min_length=1)
     strategies: tuple[Strategy, ...] = Field(min_length=1)
     unseen_guess: Annotated[int, Field(ge=0, lt=0xFFFF)] | None = None
+    adaptation: Adaptation | None = None
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Self:
@@ -257,6 +298,10 @@ class Plan(Contract):
                 used.add(node.piece)
                 if node.piece is not None and node.piece not in pieces:
                     problems.append(f"node {node.name!r} runs {node.piece!r}, which does not exist")
+        if self.adaptation and len(self.adaptation.costs) != len(self.strategies):
+            problems.append(
+                f"{len(self.adaptation.costs)} costs for {len(self.strategies)} strategies"
+            )
         if idle := set(pieces) - used:
             problems.append(f"no node runs {sorted(idle)}")
         if problems:
