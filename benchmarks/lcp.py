@@ -127,7 +127,7 @@ CASES = {
     "cifarnet/8-f40-tolerant": Case(CIFARNET, "cifar10", 8, 40, dropout=0.3),
 }
 RECIPES = {
-    "mnist": TrainOptions(epochs=12, rate=3e-3, warm_up=0.1, decay=1e-5, crop_pixels=2),
+    "mnist": TrainOptions(epochs=6, rate=4e-3, warm_up=0.15, decay=1e-5, crop_pixels=1),
     "cifar10": TrainOptions(
         epochs=30, rate=2e-3, warm_up=0.1, decay=1e-4, crop_pixels=3, flip=True
     ),
