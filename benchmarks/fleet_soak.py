@@ -29,7 +29,14 @@ from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest, read_manifest
 from agent.protocol.messages import Decision
 from agent.protocol.plan import ANSWER_FUSIONS, AnswerRule, Fusion
-from agent.protocol.scores import Answers, answer, entropy_features, most_trusted, outvoted
+from agent.protocol.scores import (
+    answer,
+    entropy_features,
+    most_trusted,
+    normalized_entropy,
+    outvoted,
+    softmax,
+)
 from agent.runtime import LoadedPiece, load_piece
 from agent.up import FleetProcesses
 from benchmarks.record import Row, circumstances, report
@@ -66,10 +73,19 @@ class Expected:
             assert strategy.aggregator.piece is not None
             entry = manifest.entry(strategy.aggregator.piece)
             self._network = load_piece(bundle, entry, None, device.runtime)
+        self.dont_know_threshold = strategy.exits[-1].dont_know_threshold
         self.frames = pool[np.random.default_rng(0).permutation(len(pool))]
-        told = [self._answers(bundle, manifest, name) for name in self.nodes]
+        self.logits = [self._logits(bundle, manifest, name) for name in self.nodes]
+        told = [
+            answer(logits, self._rule(manifest, name))
+            for logits, name in zip(self.logits, self.nodes, strict=True)
+        ]
         self.class_index = np.stack([x.classes for x in told], axis=1)
         self.entropies = np.stack([x.entropies for x in told], axis=1)
+        if self.fusion is Fusion.MEAN:  # nobody answers, each sends its scores
+            self.entropies = np.stack(
+                [normalized_entropy(softmax(logits)) for logits in self.logits], axis=1
+            )
         self.confidences = np.stack([x.confidences for x in told], axis=1)
         self.known = np.stack([x.known for x in told], axis=1)
         self.told = told
@@ -81,15 +97,14 @@ class Expected:
         assert rule is not None
         return rule
 
-    def _answers(self, bundle: Path, manifest: Manifest, node: str) -> Answers:
+    def _logits(self, bundle: Path, manifest: Manifest, node: str) -> NDArray[np.float32]:
         name = manifest.plan.strategies[0].node(node).piece
         assert name is not None
         runtime = load_fleet(bundle / "fleet.yaml").device(
             manifest.plan.strategies[0].node(node).device
         )
         piece = load_piece(bundle, manifest.entry(name), manifest.frame, runtime.runtime)
-        logits = np.stack([piece.run(frame).reshape(-1) for frame in self.frames])
-        return answer(logits, self._rule(manifest, node))
+        return np.stack([piece.run(frame).reshape(-1) for frame in self.frames])
 
     def agrees(self, frame: int, decision: Decision) -> bool:
         """Whether a decision is that of this frame, given who contributed."""
@@ -100,6 +115,8 @@ class Expected:
         told = [decision.entropies.get(self.nodes[c], np.nan) for c in columns]
         if not np.allclose(told, eta, rtol=0, atol=ENTROPY_TOLERANCE):
             return False
+        if self.fusion is Fusion.MEAN:
+            return self._is_mean(frame, columns, decision)
         best = most_trusted(
             self.fusion,
             eta[np.newaxis],
@@ -121,6 +138,13 @@ class Expected:
         guess = self.classes[index]
         label = guess if self.known[frame, winner] else None
         return decision.best_guess == guess and decision.label == label
+
+    def _is_mean(self, frame: int, columns: list[int], decision: Decision) -> bool:
+        scores = np.stack([self.logits[k][frame] for k in columns]).mean(axis=0, dtype=np.float32)
+        probabilities = softmax(scores)
+        guess = self.classes[int(probabilities.argmax())]
+        known = normalized_entropy(probabilities) <= np.float32(self.dont_know_threshold)
+        return decision.best_guess == guess and decision.label == (guess if known else None)
 
     def _trust(self, frame: int, columns: list[int]) -> NDArray[np.float32] | None:
         """What the network of `entropy_mlp` says of those who contributed, (1, nodes)."""
@@ -320,7 +344,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--rate", type=float, default=50.0, help="requests a second")
-    fusions = ["auto", *sorted(fusion.value for fusion in ANSWER_FUSIONS)]
+    fusions = ["auto", *sorted(fusion.value for fusion in {*ANSWER_FUSIONS, Fusion.MEAN})]
     parser.add_argument("--fusion", default="auto", choices=fusions)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/")

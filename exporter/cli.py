@@ -83,8 +83,9 @@ def _inputs(command: F) -> F:
             "--fusion",
             default="auto",
             show_default=True,
-            type=click.Choice(["auto", "min_entropy", "max_confidence", "entropy_mlp"]),
-            help="How the aggregator joins answers: the best on held-out data, or this.",
+            type=click.Choice(["auto", "min_entropy", "max_confidence", "entropy_mlp", "mean"]),
+            help="How the aggregator joins answers, or by mean the scores of all classes: the best "
+            "on held-out data, or this.",
         ),
         click.option(
             "--candidates",

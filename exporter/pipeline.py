@@ -18,7 +18,15 @@ from agent.protocol.errors import DataError, ShoalError, UnsupportedLayer, Verif
 from agent.protocol.fleet import Device, Fleet, Runtime, load_fleet
 from agent.protocol.manifest import Figure, Manifest
 from exporter.bundle import ExportedPiece, check_target, fresh_folder, write_bundle
-from exporter.cost import Basis, Numbers, PieceCost, check_budgets, piece_cost, refuse
+from exporter.cost import (
+    Basis,
+    Numbers,
+    PieceCost,
+    check_budgets,
+    piece_cost,
+    refuse,
+    score_message_bytes,
+)
 from exporter.data import DataSet, load_data
 from exporter.graph import layer_graph
 from exporter.methods.ddnn.method import DDNNMethod
@@ -108,6 +116,11 @@ def export(
     progress("calibrate", 0, 1)
     settled = METHODS[method].settle(design, data, fleet, options, runner(exported))
     progress("calibrate", 1, 1)
+    scores_bytes = score_message_bytes(len(settled.plan.classes), dtype)
+    exported = [
+        replace(piece, message_bytes=scores_bytes) if piece.name in settled.scoring else piece
+        for piece in exported
+    ]
     exported += quantize(settled.pieces, data, fleet, dtype, progress, allow_drift=allow_drift)
     refuse(check_budgets(_by_device(exported), fleet))
     base_figures = {} if base is None else measure_base(base, data, dtype)

@@ -7,8 +7,9 @@ import pytest
 from agent.protocol.errors import FleetFileError
 from agent.protocol.fleet import Fleet, parse_fleet
 from agent.protocol.plan import Fusion, Strategy
+from exporter.cost import score_message_bytes
 from exporter.methods.ddnn.tiers import PieceNames, layout, strategy
-from exporter.methods.ddnn.traffic import feature_message_bytes, score_message_bytes
+from exporter.methods.ddnn.traffic import feature_message_bytes
 
 
 def fleet(*devices: tuple[str, str], aggregator: str = "cloud") -> Fleet:

@@ -11,7 +11,12 @@ from .budget import (
     refuse,
 )
 from .piece import Basis, Numbers, PieceCost, peak_activation_elements, piece_cost, together
-from .traffic import TierTraffic, bytes_per_sample, fleet_bytes_per_sample
+from .traffic import (
+    TierTraffic,
+    bytes_per_sample,
+    fleet_bytes_per_sample,
+    score_message_bytes,
+)
 
 __all__ = [
     "BUDGET_RULES",
@@ -30,5 +35,6 @@ __all__ = [
     "piece_cost",
     "ram_fits",
     "refuse",
+    "score_message_bytes",
     "together",
 ]

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from agent.protocol.errors import DataError
+from agent.protocol.messages import Header, MessageKind, TensorPart, encode
 
 SCORE_BYTES = 4
 """Of one class's score, float32."""
@@ -58,6 +62,13 @@ class TierTraffic:
     def feature_bytes(self) -> float:
         """Of one sender's features, 8 bits to a byte."""
         return self.filters * self.positions / 8
+
+
+def score_message_bytes(classes: int, dtype: Literal["int8", "float32"] = "int8") -> int:
+    """Payload of a message with scores as a model stores them, header and checksum included."""
+    scores = np.zeros(classes, dtype)
+    header = Header(plan=0, request=0, boot=0, node=0)
+    return len(encode(TensorPart(MessageKind.SCORES, header, scores, 0, 0)))
 
 
 def bytes_per_sample(tiers: Sequence[TierTraffic]) -> tuple[float, ...]:

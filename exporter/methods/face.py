@@ -107,12 +107,14 @@ class Settled:
 
     Attributes:
         pieces: What was trained on the pieces' outputs (an aggregator), to be quantized too.
+        scoring: Pieces that send their scores, whatever the design said of their messages.
     """
 
     plan: Plan
     pieces: tuple[TrainedPiece | WrittenPiece, ...]
     figures: Mapping[str, Figure]
     report: Mapping[str, Any]
+    scoring: frozenset[str] = frozenset()
 
 
 class RunPiece(Protocol):

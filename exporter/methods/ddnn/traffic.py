@@ -9,18 +9,17 @@ import numpy as np
 
 from agent.protocol.fleet import Device, Fleet, Medium
 from agent.protocol.messages import Header, MessageKind, TensorPart, encode
-from exporter.cost import TierTraffic, bytes_per_sample, fleet_bytes_per_sample
+from exporter.cost import (
+    TierTraffic,
+    bytes_per_sample,
+    fleet_bytes_per_sample,
+    score_message_bytes,
+)
 
 from .network import Architecture
 from .tiers import Layout
 
 _HEADER = Header(plan=0, request=0, boot=0, node=0)
-
-
-def score_message_bytes(classes: int) -> int:
-    """Payload of a message with int8 scores, header and checksum included."""
-    scores = np.zeros(classes, np.int8)
-    return len(encode(TensorPart(MessageKind.SCORES, _HEADER, scores, 0, 0)))
 
 
 def feature_message_bytes(shape: tuple[int, ...]) -> int:

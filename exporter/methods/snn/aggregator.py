@@ -16,12 +16,13 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from agent.protocol.errors import DataError
 from agent.protocol.plan import Fusion
 from agent.protocol.scores import Answers, entropy_features
 
+from .mean import Logits, mean_decided, mean_threshold
 from .threshold import (
     WHOLE_GRID,
     Thresholds,
@@ -348,17 +349,33 @@ class FusionChoice:
 
     Attributes:
         fusion: The chosen one.
-        thresholds: Of each SNN, calibrated for it.
-        calibrated: Of each fusion compared, its thresholds and their sweep.
-        accuracies: Of each, the fleet's accuracy on the selection set.
-        lost: Of each, the accuracies with the first, second ... SNN lost.
+        thresholds: Of each SNN, calibrated for it; those of `min_entropy` where `mean` is chosen.
+        calibrated: Of each fusion compared, its thresholds and their sweep; of `mean` its one.
+        accuracies: Of each, the fleet's accuracy on the selection set, don't know not right.
+        guessed: The same with best guesses counted.
+        lost: As `accuracies`, with the first, second ... SNN lost.
     """
 
     fusion: Fusion
     thresholds: tuple[float, ...]
     calibrated: Mapping[Fusion, Thresholds]
     accuracies: Mapping[Fusion, float]
+    guessed: Mapping[Fusion, float]
     lost: Mapping[Fusion, tuple[float, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The SNNs' logits of all classes, for the fusion `mean`.
+
+    Attributes:
+        threshold, selection: (N, C) of each SNN on the threshold set and on the selection set.
+        larger: Whether a message with scores is larger than one with an answer.
+    """
+
+    threshold: Sequence[Logits]
+    selection: Sequence[Logits]
+    larger: bool
 
 
 def choose_fusion(
@@ -368,6 +385,7 @@ def choose_fusion(
     selection_labels: NDArray[np.int64],
     partition: Sequence[Sequence[int]],
     aggregator: Aggregator | None = None,
+    scores: Scores | None = None,
     *,
     grid: Sequence[float] = WHOLE_GRID,
     threshold_per_snn: bool = False,
@@ -379,6 +397,10 @@ def choose_fusion(
     The order is `min_entropy`, `max_confidence`, `entropy_mlp`: a later, less simple one must be
     better than the best before it by more than chance, else it counts as a tie.
 
+    Then `mean` is compared with the best of them, best guesses counted on both sides: they say
+    "don't know" in other cases. It must not be worse, and better with everybody there or with one
+    SNN lost; where its messages are larger, better by more than chance.
+
     Args:
         threshold_answers: One per SNN, before any threshold, on the threshold set.
         threshold_labels: True classes of that set.
@@ -386,6 +408,7 @@ def choose_fusion(
         selection_labels: True classes of that set.
         partition: The classes of each SNN.
         aggregator: The trained network; None = `entropy_mlp` is not compared.
+        scores: None = `mean` is not compared.
         grid: Thresholds to try.
         threshold_per_snn: One for each SNN, beyond the paper; else one for all.
         standard_errors: How many standard errors of the difference, image by image, count as a
@@ -394,13 +417,17 @@ def choose_fusion(
 
     Raises:
         DataError: no answers, or other numbers of images than labels; `entropy_mlp` is wanted and
-            there is no network.
+            there is no network, or `mean` and there are no scores.
     """
+    if wanted is Fusion.MEAN and scores is None:
+        raise DataError("the fusion mean needs scores of all classes", "take --fusion auto")
     if wanted is Fusion.ENTROPY_MLP and aggregator is None:
         raise DataError("the fusion entropy_mlp needs a network", "take --fusion auto")
     calibrate = own_thresholds if threshold_per_snn else common_threshold
     calibrated: dict[Fusion, Thresholds] = {}
     right: dict[Fusion, NDArray[np.bool_]] = {}
+    guessed: dict[Fusion, NDArray[np.bool_]] = {}
+    guessed_lost: dict[Fusion, list[NDArray[np.bool_]]] = {}
     lost: dict[Fusion, tuple[float, ...]] = {}
     for fusion in _SIMPLEST_FIRST:
         trust = aggregator.trust if aggregator is not None else None
@@ -412,21 +439,64 @@ def choose_fusion(
         ]
         calibrated[fusion] = found
         right[fusion] = _right(applied, selection_labels, fusion, trust, None, (), False)
+        guessed[fusion] = _right(applied, selection_labels, fusion, trust, None, (), True)
         if len(applied) > 1:
             lost[fusion] = lost_accuracies(applied, selection_labels, partition, fusion, trust)
+            guessed_lost[fusion] = [
+                _right(applied, selection_labels, fusion, trust, k, orphans, True)
+                for k, orphans in enumerate(partition)
+            ]
     chosen = _SIMPLEST_FIRST[0]
     for fusion in list(right)[1:]:
-        gain = right[fusion].astype(float) - right[chosen].astype(float)
-        if gain.mean() > standard_errors * gain.std() / np.sqrt(len(gain)):
+        if _gain(right[fusion], right[chosen]).beyond_chance(standard_errors):
             chosen = fusion
+    if scores is not None:
+        calibrated[Fusion.MEAN] = mean_threshold(scores.threshold, threshold_labels, grid)
+        (threshold,) = calibrated[Fusion.MEAN].values
+        told = mean_decided(scores.selection, threshold)
+        guessed[Fusion.MEAN] = told.classes == selection_labels
+        right[Fusion.MEAN] = guessed[Fusion.MEAN] & told.known
+        gains = [_gain(guessed[Fusion.MEAN], guessed[chosen])]
+        if len(scores.selection) > 1:
+            without = [
+                mean_decided(scores.selection, threshold, lost=k) for k in range(len(partition))
+            ]
+            guesses = [x.classes == selection_labels for x in without]
+            lost[Fusion.MEAN] = tuple(
+                float((x.known & hit).mean()) for x, hit in zip(without, guesses, strict=True)
+            )
+            gains.append(_gain(guesses, guessed_lost[chosen]))
+        chance = standard_errors if scores.larger else 0.0
+        if gains[0].mean >= 0 and any(x.beyond_chance(chance) for x in gains):
+            chosen = Fusion.MEAN
     chosen = wanted or chosen
+    of_answers = Fusion.MIN_ENTROPY if chosen is Fusion.MEAN else chosen
     return FusionChoice(
         fusion=chosen,
-        thresholds=calibrated[chosen].values,
+        thresholds=calibrated[of_answers].values,
         calibrated=calibrated,
         accuracies={fusion: float(x.mean()) for fusion, x in right.items()},
+        guessed={fusion: float(x.mean()) for fusion, x in guessed.items()},
         lost=lost,
     )
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """By how much one way is better than another, image by image."""
+
+    mean: float
+    standard_error: float
+
+    def beyond_chance(self, standard_errors: float) -> bool:
+        return self.mean > standard_errors * self.standard_error
+
+
+def _gain(way: ArrayLike, other: ArrayLike) -> _Gain:
+    """Of (N,) bool, or of (cases, N) the mean over the cases."""
+    gain = np.asarray(way, float) - np.asarray(other, float)
+    each = gain if gain.ndim == 1 else gain.mean(axis=0)
+    return _Gain(float(each.mean()), float(each.std() / np.sqrt(len(each))))
 
 
 def disjoint_parts(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from agent.protocol.errors import DataError
 from agent.protocol.fleet import Device, Fleet
-from agent.protocol.plan import AnswerRule
+from agent.protocol.plan import AnswerRule, Fusion
 from agent.protocol.scores import Answers, answer
 from exporter.cost.piece import INTERPRETER_CODE_BYTES, Numbers, container_bytes
 from exporter.methods.face import Progress
@@ -243,7 +243,8 @@ def assign(
     logits = [x["logits"] for x in found]
     rows = [tuple(x["rows"].tolist()) for x in found]
     own_rows = None
-    if options.outcomes != "rest" and all(len(classes) > 1 for classes in partition):
+    all_rows = options.outcomes == "rest" or options.fusion is Fusion.MEAN
+    if not all_rows and all(len(classes) > 1 for classes in partition):
         own_rows = [[row.index(c) for c in s.classes] for row, s in zip(rows, every, strict=True)]
     elif options.outcomes == "own":
         raise DataError(

@@ -15,9 +15,9 @@ import numpy as np
 
 from agent.protocol.fleet import Device, Fleet
 from agent.protocol.manifest import Figure
-from agent.protocol.messages import ANSWER_BODY, CRC, HEADER
 from agent.protocol.plan import FRAME, AnswerRule, Exit, Fusion, Node, Output, Piece, Plan, Strategy
 from agent.protocol.scores import Answers, answer
+from exporter.cost import score_message_bytes
 from exporter.data import DataSet, Split
 from exporter.methods.face import Design, Progress, RunPiece, Settled, TrainedPiece
 from exporter.quantize import CALIBRATION_SAMPLES
@@ -29,8 +29,9 @@ from .aggregator import (
     lowest_entropy_network,
     to_keras,
 )
-from .calibration import SettledAnswers, settle_answers
+from .calibration import MESSAGE_BYTES, SettledAnswers, settle_answers
 from .candidates import Pruning, SubsetSearch, assign, best_partition
+from .mean import why_no_mean
 from .options import Snn, SnnOptions
 from .profile import BaseProfile, make_profile
 from .prune import build
@@ -42,8 +43,6 @@ from .threshold import vote_bias
 if TYPE_CHECKING:
     import keras
 
-MESSAGE_BYTES = HEADER.size + ANSWER_BODY.size + CRC.size
-"""Payload of one answer."""
 AGGREGATOR = "aggregator"
 """Name of the piece that holds the aggregator's network."""
 HELD_OUT_SHARES = {"prune": 0.4, "threshold": 0.2, "aggregator": 0.2, "selection": 0.2}
@@ -89,13 +88,14 @@ class SNN:
             models = [build(base, snn.pruned) for snn in snns]
         else:
             snns, models = retrained(search, base, snns, calibration, data)
+        message_bytes = _message_bytes(snns, len(data.classes), options)
         pieces = tuple(
             TrainedPiece(
                 name=snn.piece,
                 device=snn.device.id,
                 model=model,
                 calibration=calibration,
-                message_bytes=MESSAGE_BYTES,
+                message_bytes=message_bytes,
                 about=class_labels(snn.pruned.classes, data),
             )
             for snn, model in zip(snns, models, strict=True)
@@ -139,7 +139,16 @@ class SNN:
         }
         labels = {name: split.labels for name, split in sets.items()}
         partition = tuple(snn.pruned.classes for snn in snns)
-        settled = settle_answers(said, labels, partition, options.seed, options.fusion)
+        no_mean = why_no_mean(rules, len(data.classes))
+        settled = settle_answers(
+            said,
+            labels,
+            partition,
+            options.seed,
+            options.fusion,
+            scores=logits if no_mean is None else None,
+            no_mean=no_mean,
+        )
         plan = _plan(snns, rules, settled, data, aggregator)
         pieces: tuple[TrainedPiece, ...] = ()
         if settled.choice.fusion is Fusion.ENTROPY_MLP and settled.network is not None:
@@ -148,7 +157,17 @@ class SNN:
             *design.report["sections"],
             *settled_sections(snns, settled, said["test"], data),
         ]
-        return Settled(plan, pieces, settled.figures(), {"sections": sections})
+        senders = {s.piece for s in snns} if settled.choice.fusion is Fusion.MEAN else ()
+        return Settled(plan, pieces, settled.figures(), {"sections": sections}, frozenset(senders))
+
+
+def _message_bytes(snns: Sequence[Snn], classes: int, options: SnnOptions) -> int:
+    """Payload of one SNN per inference; the largest where the fusion is not chosen yet."""
+    scores = score_message_bytes(classes)
+    if options.fusion is Fusion.MEAN:
+        return scores
+    offered = options.fusion is None and why_no_mean([s.rule() for s in snns], classes) is None
+    return max(MESSAGE_BYTES, scores if offered else 0)
 
 
 def held_out_parts(data: DataSet, options: SnnOptions) -> dict[str, Split]:
@@ -192,13 +211,19 @@ def _plan(
     data: DataSet,
     aggregator: Device,
 ) -> Plan:
-    """The plan: one answering node a device, one node that believes."""
+    """The plan: one node a device that answers or scores, one node that believes or averages."""
     fusion = settled.choice.fusion
+    last = Exit(tier=aggregator.tier, threshold=1.0)
+    outputs: tuple[Output, ...] = (Output.ANSWER,)
+    if fusion is Fusion.MEAN:
+        (threshold,) = settled.choice.calibrated[fusion].values
+        last = last.model_copy(update={"dont_know_threshold": threshold})
+        outputs = (Output.ANSWER, Output.SCORES)
     pieces = [
         Piece(
             name=snn.piece,
             inputs=(FRAME,),
-            outputs=(Output.ANSWER,),
+            outputs=outputs,
             answer=rule.model_copy(update={"dont_know_threshold": threshold}),
         )
         for snn, rule, threshold in zip(snns, rules, settled.choice.thresholds, strict=True)
@@ -220,9 +245,7 @@ def _plan(
             fusion=fusion,
         )
     )
-    strategy = Strategy(
-        name="snn", nodes=tuple(nodes), exits=(Exit(tier=aggregator.tier, threshold=1.0),)
-    )
+    strategy = Strategy(name="snn", nodes=tuple(nodes), exits=(last,))
     return Plan(method="snn", classes=data.classes, pieces=tuple(pieces), strategies=(strategy,))
 
 

@@ -32,7 +32,8 @@ class SnnOptions:
         distill: Then train towards what the base says; None = not.
         distill_samples: Training inputs for that at most.
         outcomes: `rest`, `own` (as the paper), or `auto`: the better one on held-out data.
-        fusion: How the aggregator joins answers; None = the best on held-out data.
+        fusion: How the aggregator joins answers, or by `mean` the scores of all classes; None =
+            the best on held-out data.
         prune_samples: Inputs that pruning decides by; training data fills up what held-out data
             does not give.
         quick: Prune in larger steps and without second thoughts (`PruneOptions.rough`).
@@ -71,6 +72,10 @@ class SnnOptions:
             problems.append(
                 "distilled networks learn foreign classes too: outcomes cannot be 'own'"
             )
+        if self.fusion is Fusion.MEAN and self.outcomes == "own":
+            problems.append("the fusion mean needs rows for all classes: outcomes cannot be 'own'")
+        if self.fusion is Fusion.MEAN and self.distill is not None and self.distill.rest_row:
+            problems.append("the fusion mean needs rows for all classes: not one row for the rest")
         if problems:
             raise DataError("\n".join(problems), "leave one of the two options out")
 

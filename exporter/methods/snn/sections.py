@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from agent.protocol.plan import Fusion
 from agent.protocol.scores import Answers
 from exporter.data import DataSet
 
@@ -63,7 +64,9 @@ def settled_sections(
         [
             fusion.value + (" (chosen)" if fusion is settled.choice.fusion else ""),
             f"{accuracy * 100:.2f} %",
+            f"{settled.choice.guessed[fusion] * 100:.2f} %",
             f"{settled.test[fusion] * 100:.2f} %",
+            f"{settled.message_bytes[fusion]} B",
         ]
         for fusion, accuracy in settled.choice.accuracies.items()
     ]
@@ -80,15 +83,21 @@ def settled_sections(
         },
         {
             "title": "Fusion",
-            "text": "Chosen on the selection set, don't know counted as wrong; on test data the "
-            "best guess is counted.",
-            "head": ["fusion", "selection set", "test data"],
+            "text": "Chosen on the selection set, don't know counted as wrong; the mean of scores "
+            "by best guesses, with everybody there and with one lost. On test data the best guess "
+            "is counted. Bytes: the payload of one device for one inference, int8."
+            + (f" Not offered: mean; {settled.no_mean}." if settled.no_mean else ""),
+            "head": ["fusion", "selection set", "best guess", "test data", "bytes"],
             "rows": rows,
         },
         {
             "title": "Any one device lost",
-            "text": "Accuracy of the fleet on test data, best guess counted; where nobody knows, "
-            "the others vote for the lost device's classes.",
+            "text": "Accuracy of the fleet on test data, best guess counted; "
+            + (
+                "the mean goes over the others' scores."
+                if settled.choice.fusion is Fusion.MEAN
+                else "where nobody knows, the others vote for the lost device's classes."
+            ),
             "head": ["lost", "its classes", "accuracy"],
             "rows": lost,
         },
