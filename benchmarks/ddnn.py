@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from agent.protocol.plan import Fusion
+from benchmarks import ddnn_live
 from benchmarks.datasets import SHARED, npz_path
 from benchmarks.record import RESULTS, circumstances, machine_line
 from exporter.cost import TierTraffic, bytes_per_sample
@@ -30,6 +31,8 @@ from exporter.methods.ddnn.train import PAPER_WEIGHTS, Augmentation, TrainOption
 from exporter.quantize.native_stderr import start_tensorflow
 
 NAME = "ddnn"
+BRIEF = "<!-- the README shows what is above -->"
+CLASSES = ("car", "bus", "person")
 SPLITS = ("851", "temporal")
 CAMERAS = 6
 THRESHOLD = 0.8
@@ -443,7 +446,7 @@ PAPER_TABLE_II = {
 
 
 def draw() -> str:
-    """The tables of everything in results/ddnn.json, Markdown."""
+    """The tables of everything in results/ddnn.json and ddnn_live.json, Markdown."""
     kept = read()
     runs = kept["runs"]
     lines = [
@@ -459,7 +462,15 @@ def draw() -> str:
         "",
         *_table_two(runs),
         "",
+        BRIEF,
+        "",
+        *ddnn_live.draw(),
+        "",
+        *_pairs(runs),
+        "",
         *_lost(runs),
+        "",
+        *_dropout(runs),
         "",
         *_added(runs),
         "",
@@ -468,28 +479,35 @@ def draw() -> str:
         *_named(
             runs, "ablation", "| recipe | split | local | cloud | overall | bytes | worst loss |"
         ),
+        *_tiles(runs),
     ]
-    tiled = [(k.split("|")[0].split()[1], v) for k, v in runs.items() if k.startswith("tiles")]
-    if tiled:
-        lines += [
-            "",
-            "Images cut into 3 x 2 tiles, one a device, 10 000 for training, 20 epochs:",
-            "",
-        ]
-        lines += ["| data | local | cloud | overall | bytes |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {name} | {_p(r['local'])} | {_p(r['cloud'])} | {_p(r['overall'])} "
-            f"| {r['bytes']:.1f} |"
-            for name, r in tiled
-        ]
     return "\n".join([*lines, "", f"Measured at {machine_line(kept)}.", ""])
+
+
+def _tiles(runs: dict[str, Any]) -> list[str]:
+    tiled = [(k.split("|")[0].split()[1], v) for k, v in runs.items() if k.startswith("tiles")]
+    if not tiled:
+        return []
+    return [
+        "",
+        "Images cut into 3 x 2 tiles, one a device, 10 000 for training, 20 epochs:",
+        "",
+        "| data | local | cloud | overall | answered locally | bytes | worst device lost |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {name} | {_p(r['local'])} | {_p(r['cloud'])} | {_p(r['overall'])} "
+            f"| {_p(r['local_exit'])} | {r['bytes']:.1f} | {_p(r['worst_lost']['overall'])} |"
+            for name, r in tiled
+        ),
+    ]
 
 
 def _p(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _of(runs: dict[str, Any], name: str, split: str) -> list[dict[str, Any]]:
+def of(runs: dict[str, Any], name: str, split: str) -> list[dict[str, Any]]:
+    """All seeds of one kind of run, on one split."""
     return [r for key, r in sorted(runs.items()) if key.startswith(f"{name}|{split}|")]
 
 
@@ -517,7 +535,7 @@ def _worst(rows: list[dict[str, Any]], lost: int) -> list[dict[str, float]]:
 
 
 def _goals(runs: dict[str, Any]) -> list[str]:
-    rows = {split: _of(runs, "default", split) for split in SPLITS}
+    rows = {split: of(runs, "default", split) for split in SPLITS}
     lines = [
         "| what | paper | goal 851 | 851 | goal temporal | temporal |",
         "|---|---|---|---|---|---|",
@@ -544,15 +562,7 @@ def _goals(runs: dict[str, Any]) -> list[str]:
     ]
     line("raw frame / bytes sent", "> 20", (">= 120", ">= 120"), ratio)
     for split in SPLITS:
-        hidden = runs.get(f"unseen|{split}|0")
-        if hidden:
-            first, second = hidden["cameras"]
-            lines += [
-                "",
-                f"Two devices lost, {split}: {hidden['unseen']} of {hidden['of']} test samples are "
-                f"seen by cameras {first} and {second} alone; whoever guesses one class for them "
-                f"loses at least {100 * hidden['least_points']:.1f} points.",
-            ]
+        lines += ["", _hidden(runs, split)]
     exact = runs.get("exact|temporal|0")
     if exact:
         wrong = sum(exact["wrong"].values())
@@ -568,6 +578,80 @@ def _goals(runs: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _hidden(runs: dict[str, Any], split: str) -> str:
+    """Why the worst pair of lost cameras costs what it costs."""
+    rows, unseen = of(runs, "default", split), runs[f"unseen|{split}|0"]
+    pair = max(unseen["pairs"], key=lambda key: _points(rows, key))
+    told = unseen["pairs"][pair]
+    first, second = pair.split(",")
+
+    def classes(counts: list[int]) -> str:
+        return ", ".join(f"{n} {name}" for n, name in zip(counts, CLASSES, strict=True) if n)
+
+    return (
+        f"Two devices lost, {split}: the worst are cameras {first} and {second}. "
+        f"{sum(told['test'])} of {unseen['of']} test samples are seen by them alone "
+        f"({classes(told['test'])}); of such training samples there are "
+        f"{classes(told['training'])}. Whoever names the class that is most frequent in training "
+        f"loses {100 * told['by_training']:.1f} points by these samples alone, whoever names any "
+        f"one class at least {100 * told['least_points']:.1f}. Measured: "
+        f"{_points(rows, pair):.1f} points."
+    )
+
+
+def _points(rows: list[dict[str, Any]], pair: str) -> float:
+    """Mean points that a lost set costs overall."""
+    return float(np.mean([100 * (r["overall"] - r["lost"][pair]["overall"]) for r in rows]))
+
+
+def _pairs(runs: dict[str, Any]) -> list[str]:
+    lines = [
+        "Pairs of lost devices: test samples that nobody else sees, points lost by them where the "
+        "class is guessed that is most frequent among such training samples, and where one knew "
+        "the best single guess; points lost overall, measured, the worst five:",
+        "",
+        "| split | cameras | seen by them alone | by training | by the best guess | measured |",
+        "|---|---|---|---|---|---|",
+    ]
+    for split in SPLITS:
+        rows, pairs = of(runs, "default", split), runs[f"unseen|{split}|0"]["pairs"]
+        for pair in sorted(pairs, key=lambda key: -_points(rows, key))[:5]:
+            told = pairs[pair]
+            cells = [100 * told["by_training"], 100 * told["least_points"], _points(rows, pair)]
+            lines.append(
+                f"| {split} | {pair.replace(',', ' and ')} | {sum(told['test'])} | "
+                + " | ".join(f"{x:.1f}" for x in cells)
+                + " |"
+            )
+    return lines
+
+
+def _dropout(runs: dict[str, Any]) -> list[str]:
+    lines = [
+        "Device dropout, and what losses then cost:",
+        "",
+        "| chance | split | overall, % | bytes | worst one lost, overall, % "
+        "| worst two lost, points | the second worst pair, points |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    names = {**{f"dropout {c:g}": c for c in CHANCES}, "default": DEFAULT.training.device_dropout}
+    for name, chance in sorted(names.items(), key=lambda item: item[1]):
+        for split in SPLITS:
+            rows = of(runs, name, split)
+            if not rows:
+                continue
+            costs = sorted((_points(rows, _key(pair)) for pair in PAIRS), reverse=True)
+            cells = [
+                _mean(rows, "overall"),
+                _mean(rows, "bytes", percent=False),
+                _mean(_worst(rows, 1), "overall"),
+                _mean(_worst(rows, 2), "points"),
+                f"{costs[1]:.1f}",
+            ]
+            lines.append(f"| {chance:g} | {split} | {' | '.join(cells)} |")
+    return lines
+
+
 def _table_one(runs: dict[str, Any]) -> list[str]:
     lines = [
         "Table I, local / cloud accuracy, %:",
@@ -577,7 +661,7 @@ def _table_one(runs: dict[str, Any]) -> list[str]:
     ]
     for scheme, (local, cloud) in PAPER_TABLE_I.items():
         cells = [
-            _mean(_of(runs, f"table1 {scheme}", split), what)
+            _mean(of(runs, f"table1 {scheme}", split), what)
             for split in SPLITS
             for what in ("local", "cloud")
         ]
@@ -596,7 +680,7 @@ def _table_two(runs: dict[str, Any]) -> list[str]:
         paper = " / ".join(map(str, PAPER_TABLE_II[t])) if t in PAPER_TABLE_II else "-"
         cells = []
         for split in SPLITS:
-            rows = _of(runs, "default", split)
+            rows = of(runs, "default", split)
             means = [
                 np.mean([r["sweep"][str(t)][what] for r in rows])
                 for what in ("local_exit", "overall", "bytes")
@@ -620,13 +704,13 @@ def _lost(runs: dict[str, Any]) -> list[str]:
     for camera in range(CAMERAS):
         cells = []
         for split in SPLITS:
-            cells.append(_mean(_of(runs, "default", split), "lost", str(camera), "overall"))
-            cells.append(_mean(_of(runs, f"missing {camera}", split), "overall"))
+            cells.append(_mean(of(runs, "default", split), "lost", str(camera), "overall"))
+            cells.append(_mean(of(runs, f"missing {camera}", split), "overall"))
         lines.append(f"| camera {camera} | {' | '.join(cells)} |")
     for count in range(1, CAMERAS):
         cells = []
         for split in SPLITS:
-            rows = _of(runs, "default", split)
+            rows = of(runs, "default", split)
             cells += [_mean(_worst(rows, count), "overall"), "-"] if rows else ["-", "-"]
         lines.append(f"| worst {count} | {' | '.join(cells)} |")
     return lines
@@ -642,7 +726,7 @@ def _added(runs: dict[str, Any]) -> list[str]:
     for n in range(CAMERAS):
         cells = []
         for split in SPLITS:
-            rows = _of(runs, "default", split)
+            rows = of(runs, "default", split)
             means = [
                 np.mean([100 * r["added"][n][what] for r in rows])
                 for what in ("local", "cloud", "overall")
@@ -661,7 +745,7 @@ def _named(runs: dict[str, Any], kind: str, head: str) -> list[str]:
         names = [*(f"filters {n}" for n in (1, 2)), "default", "filters 8"]
     for name in names:
         for split in SPLITS:
-            rows = _of(runs, name, split)
+            rows = of(runs, name, split)
             if not rows:
                 continue
             label = "4" if name == "default" else name.removeprefix(f"{kind} ")

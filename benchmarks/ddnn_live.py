@@ -61,8 +61,8 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What a node has: real numbers, and its messages as they would be sent."""
+class Said:
+    """What a node has: real numbers (None: it has none), and its messages as they would be sent."""
 
     scores: np.ndarray | None
     features: np.ndarray | None
@@ -94,19 +94,31 @@ class Offline:
             if takes_frame:
                 assert device.sensor is not None
                 self._sensors[node.name] = open_sensor(device.sensor, frame, bundle)
-        self._first: dict[int, dict[str, _Said]] = {}
+        self._first: dict[int, dict[str, Said]] = {}
+
+    def views(self, sample: int) -> dict[str, np.ndarray | None]:
+        """What each device's sensor shows of a sample, by node; None where it sees nothing."""
+        return {
+            name: None if (frame := read(sample)) is None else np.asarray(frame)
+            for name, read in self._sensors.items()
+        }
+
+    def said(self, sample: int) -> dict[str, Said]:
+        """What each device says that sees something, by node."""
+        if sample not in self._first:
+            self._first[sample] = {
+                name: self._run(self.strategy.node(name), frame)
+                for name, frame in self.views(sample).items()
+                if frame is not None
+            }
+        return self._first[sample]
 
     def decide(self, sample: int, lost: frozenset[str] = frozenset()) -> Expected:
         """What comes of one sample when some devices are gone."""
-        if sample not in self._first:
-            self._first[sample] = {
-                name: self._said(self.strategy.node(name), np.asarray(frame))
-                for name, read in self._sensors.items()
-                if (frame := read(sample)) is not None
-            }
         nodes = sorted(self.strategy.nodes, key=lambda node: node.tier)
         alive = [node for node in nodes if node.device not in lost]
-        said = {n.name: self._first[sample][n.name] for n in alive if n.name in self._first[sample]}
+        first = self.said(sample)
+        said = {node.name: first[node.name] for node in alive if node.name in first}
         for node in alive:
             if node.listens_to and (told := self._fused(node, said)) is not None:
                 said[node.name] = told
@@ -135,7 +147,7 @@ class Offline:
                 return Expected(None, name, node.tier, self._sent(said, node.tier))
         raise ValueError(f"nobody is left to decide without {', '.join(sorted(lost))}")
 
-    def _said(self, node: Node, values: np.ndarray) -> _Said:
+    def _run(self, node: Node, values: np.ndarray) -> Said:
         assert node.piece is not None
         piece = self.manifest.plan.piece(node.piece)
         entry = self.manifest.entry(node.piece)
@@ -151,9 +163,9 @@ class Offline:
             sent = stored if spec.levels is None else to_bits(stored, spec)
             features = dequantize(stored, spec) if spec.levels is None else from_bits(sent, spec)
             messages[MessageKind.FEATURES] = TensorPart(MessageKind.FEATURES, header, sent, 0, 0)
-        return _Said(scores, features, messages)
+        return Said(scores, features, messages)
 
-    def _fused(self, node: Node, said: dict[str, _Said]) -> _Said | None:
+    def _fused(self, node: Node, said: dict[str, Said]) -> Said | None:
         heard, shapes = {}, []
         for position, name in enumerate(node.listens_to):
             sender = self.strategy.node(name)
@@ -169,10 +181,10 @@ class Offline:
             return None
         assert node.fusion is not None
         fused = fuse_tensors(node.fusion, heard, shapes)
-        return _Said(fused, None, {}) if node.piece is None else self._said(node, fused)
+        return Said(fused, None, {}) if node.piece is None else self._run(node, fused)
 
     def _sent(
-        self, said: dict[str, _Said], decided: int
+        self, said: dict[str, Said], decided: int
     ) -> dict[tuple[int, str], tuple[int, int, int]]:
         """Messages to other devices when the exit of a tier decides: what is asked for by then."""
         total: dict[tuple[int, str], tuple[int, int, int]] = {}

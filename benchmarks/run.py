@@ -3,8 +3,8 @@
 python -m benchmarks.run [GROUP ...] [--tables]
 
 Each group is a list of commands that write benchmarks/results/*.json and a function that draws
-benchmarks/results/GROUP.md from those files; the README shows all of them. `--tables` only draws.
-Exit status 1: a measurement failed or missed a target; the table is drawn all the same.
+benchmarks/results/GROUP.md from those files; the README shows the gist of them. `--tables` only
+draws. Exit status 1: a measurement failed or missed a target; the table is drawn all the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import ddnn, edgent, fleet_latency, fleet_memory, fleet_soak, snn
+from benchmarks import ddnn, ddnn_plots, edgent, fleet_latency, fleet_memory, fleet_soak, snn
 from benchmarks.record import HEADER, RESULTS, ROOT, load, machine_line
 
 
@@ -74,15 +74,38 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 
 def with_results(readme: str) -> str:
-    """The README with the tables of results/*.md between its two markers."""
-    tables = [
-        (RESULTS / f"{name}.md").read_text().strip()
-        for name in ("snn", "ddnn", "edgent", "runtime")
-    ]
+    """The README with the tables of results/*.md, shortened, between its two markers."""
+    names = ("snn", "ddnn", "edgent", "runtime")
+    tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
     body = "\n\n".join(table.replace("# ", "### ", 1) for table in tables)
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
+
+
+def brief(name: str, table: str) -> str:
+    """What of a group's tables the README shows, with a link to the rest."""
+    short = table.partition(ddnn.BRIEF)[0].rstrip()
+    if name == "snn":
+        short = _last_steps(short)
+    link = f"[benchmarks/results/{name}.md](benchmarks/results/{name}.md)"
+    return short if short == table else f"{short}\n\nAll of it: {link}."
+
+
+def _last_steps(table: str) -> str:
+    """Of each base and number of SNNs the last step alone: the one with most done to the pieces."""
+    last: dict[tuple[str, ...], str] = {}
+    lines = table.splitlines()
+    keys = []
+    for line in lines:
+        cells = [cell.strip() for cell in line.split("|")]
+        key = (cells[1], cells[2]) if len(cells) > 3 and cells[3] in snn.STEPS else None
+        keys.append(key)
+        if key is not None:
+            last[key] = line
+    return "\n".join(
+        line for key, line in zip(keys, lines, strict=True) if key is None or last[key] == line
+    )
 
 
 def main() -> int:
@@ -105,6 +128,8 @@ def main() -> int:
         text = group.table()
         (RESULTS / f"{name}.md").write_text(text)
         print(text)
+    if "ddnn" in (chosen.groups or GROUPS):
+        (ROOT / ddnn_plots.PATH).write_text(ddnn_plots.draw(ddnn.read()["runs"]))
     README.write_text(with_results(README.read_text()))
     return status
 

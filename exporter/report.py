@@ -258,6 +258,8 @@ def _section(section: Mapping[str, Any]) -> str:
         plots = section["histograms"]
         parts.append(_legend([str(series["label"]) for series in plots[0]["series"]]))
         parts.append(f'<div class="plots">{"".join(map(_histogram, plots))}</div>')
+    if section.get("curves"):
+        parts.append(f'<div class="plots">{"".join(map(_curve, section["curves"]))}</div>')
     return "".join(parts)
 
 
@@ -319,4 +321,40 @@ def _histogram(plot: Mapping[str, Any]) -> str:
         f'<line class="threshold" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{base}" '
         f'stroke="var(--over)" stroke-width="1.5" stroke-dasharray="4 3"/>{marks}</svg>'
         f"<figcaption><b>{name}</b><br/>threshold {plot['threshold']:.2f}</figcaption></figure>"
+    )
+
+
+def _curve(plot: Mapping[str, Any]) -> str:
+    """Lines over a threshold, both axes from 0 to 1, with the threshold in use.
+
+    `plot` has a `name`, the `threshold`, and `lines`: each a `label` and `points` of x and y.
+    """
+    width, base, edge = 240, 120, 26
+    drawn, labels = [], []
+    for line, colour in zip(plot["lines"], _COLOURS, strict=False):
+        path = " ".join(
+            f"{edge + x * width:.1f},{base - y * (base - 8):.1f}" for x, y in line["points"]
+        )
+        drawn.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
+        )
+        labels.append(
+            '<svg width="10" height="10" style="display:inline"><rect width="10" height="10" '
+            f'fill="{colour}"/></svg> {escape(str(line["label"]))}'
+        )
+    x = edge + plot["threshold"] * width
+    marks = "".join(
+        f'<text x="{edge + at * width}" y="{base + 13}" text-anchor="middle">{at:g}</text>'
+        f'<text x="{edge - 4}" y="{base - at * (base - 8) + 3}" text-anchor="end">{at:.0%}</text>'
+        for at in (0, 0.5, 1)
+    )
+    name = escape(plot["name"])
+    return (
+        f'<figure><svg viewBox="0 0 {width + 2 * edge} {base + 16}" role="img" '
+        f'aria-label="Curves of {name}">{"".join(drawn)}'
+        f'<line x1="{edge}" x2="{edge + width}" y1="{base}" y2="{base}" stroke="var(--quiet)"/>'
+        f'<line class="threshold" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{base}" '
+        f'stroke="var(--over)" stroke-width="1.5" stroke-dasharray="4 3"/>{marks}</svg>'
+        f"<figcaption><b>{name}</b><br/>{', '.join(labels)}; threshold {plot['threshold']:.2f}"
+        "</figcaption></figure>"
     )

@@ -197,6 +197,7 @@ def test_report_shows_the_curve_and_the_lost_devices(bundle: Path) -> None:
     for title in ("Exits", "Thresholds", "Lost devices", "Bytes"):
         assert f"<h2>{title}</h2>" in page
     assert "chosen" in page
+    assert "Curves of threshold of the local exit" in page
 
 
 def test_cloud_alone_decides_on_raw_frames(tmp_path: Path) -> None:

@@ -119,6 +119,23 @@ def test_bars_of_a_histogram_are_square_roots_of_shares(tmp_path):
     assert heights == [pytest.approx(88 * 0.75**0.5, abs=0.1), pytest.approx(44, abs=0.1)]
 
 
+def test_curve_goes_through_its_points_with_the_threshold_in_use(tmp_path):
+    bundle = copy_bundle(tmp_path / "bundle")
+    lines = [{"label": "accuracy", "points": [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]}]
+    plot = {"name": "x", "threshold": 0.5, "lines": lines}
+    report = {"sections": [{"title": "t", "curves": [plot]}]}
+
+    write_report(bundle, read_manifest(bundle), load_fleet(bundle / "fleet.yaml"), report)
+    figure = tree((bundle / "report.html").read_text()).find(".//figure")
+    assert figure is not None
+    path, mark = figure.find(".//polyline"), figure.find(".//line[@class='threshold']")
+
+    assert path is not None
+    assert mark is not None
+    assert path.attrib["points"] == "26.0,8.0 146.0,64.0 266.0,120.0"
+    assert mark.attrib["x1"] == "146.0"
+
+
 def test_every_figure_of_the_manifest_is_on_the_page_with_its_origin():
     bundle, _ = exported()
     text = text_of(tree(page()))

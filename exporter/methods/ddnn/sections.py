@@ -135,6 +135,10 @@ def sections(
                 ]
                 for x in _shown(operations, chosen)
             ],
+            "curves": [
+                _curve(operations, chosen, k, name)
+                for k, name in enumerate(names[: len(chosen.thresholds)])
+            ],
         },
         {
             "title": "Bytes",
@@ -163,6 +167,32 @@ def sections(
             }
         )
     return found
+
+
+def _curve(
+    operations: Sequence[Operation], chosen: Operation, at: int, name: str
+) -> dict[str, Any]:
+    """Accuracy and answers over the threshold of one exit, the others as chosen (Fig. 7)."""
+    along = sorted(
+        (
+            x
+            for x in operations
+            if all(x.thresholds[k] == t for k, t in enumerate(chosen.thresholds) if k != at)
+        ),
+        key=lambda x: x.thresholds[at],
+    )
+
+    def points(value: Callable[[Operation], float]) -> list[list[float]]:
+        return [[x.thresholds[at], round(value(x), 4)] for x in along]
+
+    return {
+        "name": f"threshold of the {name} exit",
+        "threshold": chosen.thresholds[at],
+        "lines": [
+            {"label": "accuracy", "points": points(lambda x: x.accuracy)},
+            {"label": f"answered by the {name} exit", "points": points(lambda x: x.shares[at])},
+        ],
+    }
 
 
 def _shown(operations: Sequence[Operation], chosen: Operation) -> list[Operation]:
