@@ -161,13 +161,16 @@ def run(device: str, bundle: Path, broker: tuple[str, int] | None) -> None:
 
     from agent.console import talk
     from agent.device import run_device
+    from agent.gateway import run_serial_device
     from agent.target import open_target
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     target = open_target(bundle, None, broker)
-    run_device(
+    known = {each.id: each for each in target.fleet.devices}
+    serial = device in known and (known[device].emulated or known[device].serial is not None)
+    (run_serial_device if serial else run_device)(
         bundle,
         device,
         target.broker,
@@ -175,6 +178,36 @@ def run(device: str, bundle: Path, broker: tuple[str, int] | None) -> None:
         on_ready=lambda info: talk(
             f"{device} is online at {target.broker}: runs {', '.join(info.nodes)} on {info.runtime}"
             + (" (simulated)" if info.simulated else "")
+        ),
+    )
+
+
+@click.command()
+@click.option("--device", required=True, help="Id of the device whose serial ports these are.")
+@bundle_option
+@broker_option
+def gateway(device: str, bundle: Path, broker: tuple[str, int] | None) -> None:
+    """Speak for the microcontrollers on this machine's serial ports, until stopped."""
+    import logging
+    import signal
+    import threading
+
+    from agent.console import talk
+    from agent.gateway import run_gateway
+    from agent.target import open_target
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    target = open_target(bundle, None, broker)
+    run_gateway(
+        bundle,
+        device,
+        target.broker,
+        stop=stop,
+        on_ready=lambda info: talk(
+            f"{info.device} is online at {target.broker}: runs {', '.join(info.nodes)} "
+            f"on {info.runtime}"
         ),
     )
 

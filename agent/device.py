@@ -27,7 +27,7 @@ from agent.gather import Refusal
 from agent.link import BrokerAddress, Fault, Link, Message, NewestWins
 from agent.node import Decide, Effect, Engine, Run, Send
 from agent.protocol.errors import DataError, DeviceUnreachable, ShoalError, WireError
-from agent.protocol.fleet import Device, Kind, Runtime, load_fleet
+from agent.protocol.fleet import Device, Kind, load_fleet
 from agent.protocol.manifest import Manifest, check_files, read_manifest
 from agent.protocol.messages import (
     Answer,
@@ -70,6 +70,9 @@ LEAVES = {
 }
 _PI_KINDS = frozenset({Kind.PI_ZERO_2, Kind.PI_3, Kind.PI_4, Kind.PI_5})
 _ARM_MACHINES = ("arm", "aarch64")
+
+LoadPieces = Callable[[Path, Manifest, Device], dict[str, LoadedPiece]]
+"""Makes a device's pieces ready: bundle, manifest and device -> pieces by name."""
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +135,7 @@ class RunningDevice:
         *,
         stop: threading.Event,
         read_sensor: ReadSensor | None = None,
+        load: LoadPieces | None = None,
     ) -> None:
         manifest = read_manifest(bundle)
         check_files(bundle, [manifest.fleet])
@@ -154,7 +158,7 @@ class RunningDevice:
                 f"device {device_id!r} has no part in this plan",
                 f"devices that have: {', '.join(busy)}",
             )
-        self._pieces = _load(Path(bundle), manifest, device)
+        self._pieces = (load or load_pieces)(Path(bundle), manifest, device)
         if self._engine.decides:
             prepare_decisions()
         self._inline = {n for n, piece in self._pieces.items() if piece.warm_up() <= INLINE_S}
@@ -388,7 +392,7 @@ class RunningDevice:
                 begin_s = time.monotonic()
                 stored, *features = self._pieces[run.piece].run_outputs(values)
                 end_s = time.monotonic()
-        except DataError as error:
+        except ShoalError as error:
             _log.warning("%s: %s", self.info.device, error)
             return self._failed(run)
         inference_s = end_s - begin_s
@@ -467,8 +471,8 @@ def resident_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _load(bundle: Path, manifest: Manifest, device: Device) -> dict[str, LoadedPiece]:
-    """Load a device's pieces, all files checked first."""
+def load_pieces(bundle: Path, manifest: Manifest, device: Device) -> dict[str, LoadedPiece]:
+    """Load a device's pieces for the runtimes of this machine, all files checked first."""
     pieces = manifest.pieces_of(device.id)
     check_files(bundle, [manifest.entry(piece.name).model for piece in pieces])
     loaded = {}
@@ -483,9 +487,11 @@ def _load(bundle: Path, manifest: Manifest, device: Device) -> dict[str, LoadedP
 def _describe(
     manifest: Manifest, device: Device, engine: Engine, pieces: dict[str, LoadedPiece]
 ) -> DeviceInfo:
-    runtimes = sorted({piece.runtime.value for piece in pieces.values()})
+    runtimes = sorted({piece.executed_by for piece in pieces.values()})
     on_arm = platform.machine().lower().startswith(_ARM_MACHINES)
-    stands_in = device.runtime is Runtime.TFLITE_MICRO or (device.kind in _PI_KINDS and not on_arm)
+    stands_in = any(piece.simulated for piece in pieces.values()) or (
+        device.kind in _PI_KINDS and not on_arm
+    )
     return DeviceInfo(
         device=device.id,
         boot=f"{engine.boot:08x}",
@@ -494,6 +500,7 @@ def _describe(
         runtime=", ".join(runtimes) or "none",
         nodes=engine.nodes,
         piece_sha256={name: piece.entry.model.sha256 for name, piece in pieces.items()},
-        simulated=stands_in or any(runtime != device.runtime.value for runtime in runtimes),
+        simulated=stands_in
+        or any(piece.runtime is not device.runtime for piece in pieces.values()),
         pid=os.getpid(),
     )

@@ -64,6 +64,7 @@ class LoadedPiece:
         runtime: What executes it, which need not be what the fleet file names.
         simulated: True where a microcontroller's piece runs on this machine instead.
         notice: What the user should know about `runtime`, or None.
+        executed_by: What runs it, for people; the runtime unless something else is connected.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class LoadedPiece:
         *,
         simulated: bool,
         notice: str | None,
+        executed_by: str | None = None,
     ) -> None:
+        self.executed_by = executed_by or runtime.value
         self.entry = entry
         self.runtime = runtime
         self.simulated = simulated

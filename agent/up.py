@@ -323,7 +323,9 @@ class FleetProcesses:
                 "pid": infos[device.id].pid,
                 "runtime": infos[device.id].runtime,
                 "nodes": list(infos[device.id].nodes),
-                "simulates": _simulates(device) if infos[device.id].simulated else None,
+                "simulates": _simulates(device, infos[device.id].runtime)
+                if infos[device.id].simulated
+                else None,
             }
             for device in self.devices
             if device.id in infos
@@ -420,7 +422,9 @@ def _credentials(address: BrokerAddress) -> tuple[str, str] | None:
     return None if address.username is None else (address.username, address.password or "")
 
 
-def _simulates(device: Device) -> str:
+def _simulates(device: Device, runtime: str) -> str:
+    if device.emulated and runtime.startswith("firmware"):
+        return f"a {device.kind.value}, emulated"
     if device.runtime is Runtime.TFLITE_MICRO:
         return "a microcontroller, in a process of this machine"
     return f"a {device.kind.value}, in a process of this machine"

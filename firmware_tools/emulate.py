@@ -14,8 +14,9 @@ from pathlib import Path
 
 from agent.protocol.errors import DeviceUnreachable, ShoalError
 
-from .board import Board
-from .build import Image
+from .board import HOST, Board, load_board
+from .build import Image, compiler
+from .bundle import Part, build_part
 
 QEMU_PACKAGE = {"qemu-system-arm": "qemu-system-arm", "qemu-system-riscv32": "qemu-system-misc"}
 START_TIMEOUT_S = 30.0
@@ -140,3 +141,36 @@ def _end_with_parent() -> None:
 
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def start_part(
+    part: Part, folder: Path, board_name: str | None = None
+) -> tuple[Emulation, str, str | None]:
+    """Build a device's image and run it: in QEMU, else as a process of this machine.
+
+    Args:
+        part: A microcontroller's part of a bundle.
+        folder: Where to build.
+        board_name: Board, or `host`; by default that of the device's kind.
+
+    Returns:
+        What runs; where it runs, for people; why it is no emulated board, None if it is one.
+
+    Raises:
+        ShoalError: nothing can be built here.
+        PlanDoesNotFit: the image exceeds the device's budgets.
+    """
+    name = board_name or part.board_name
+    notice = None
+    if board_name is None:
+        try:
+            board = load_board(name)
+            compiler(board.toolchain)
+            if not qemu_installed(board):
+                raise ShoalError(f"{board.qemu.binary} is not installed")
+        except ShoalError as error:
+            notice = f"{error.message}: its firmware is built for this machine instead"
+            name = HOST
+    image = build_part(part, folder, board_name=name)
+    what = f"{name} in QEMU" if image.board is not None else "this machine"
+    return Emulation(image), what, notice

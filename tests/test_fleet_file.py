@@ -164,7 +164,8 @@ f.yaml:11:9: link.rate: expected a number with a unit (bit/s, kbit/s, Mbit/s, Gb
 got '100 Mbps' (did you mean '100 Mbit/s'?)
 f.yaml:13:3: key 'latency' is already given in line 12
 f.yaml:14:11: link.medium: 'sharde' is not one of shared, switched (did you mean 'shared'?)
-f.yaml:17:11: device 'pi-door', kind: 'pi4' is not one of pi-zero-2, pi-3, pi-4, pi-5, pc, mcu \
+f.yaml:17:11: device 'pi-door', kind: 'pi4' is not one of pi-zero-2, pi-3, pi-4, pi-5, pc, \
+mcu, stm32f405 \
 (did you mean 'pi-4'?)
 f.yaml:20:13: device 'pi-window', memory: expected a number with a unit \
 (B, kB, KB, MB, GB, KiB, MiB, GiB), got 100
@@ -176,7 +177,7 @@ f.yaml:24:11: device 'pi-window', tier: 'egde' is not one of device, edge, cloud
 f.yaml:25:5: device 4: the key 'id' is missing: Name of the device, unique in the fleet: \
 lower-case letters, digits, dashes
 f.yaml:26:5: device 4: unknown key 'falsh' (did you mean 'flash'?); known: id, kind, tier, \
-runtime, memory, flash, link, sensor
+runtime, memory, flash, link, sensor, serial, gateway, emulated
 f.yaml:27:5: key 'memory' has no value: give one or remove the line
 f.yaml:30:11: device 'desk', tier: must be less than or equal to 255, got '300'
 f.yaml:31:18: device 'desk', link.rate: expected a number with a unit \

@@ -56,6 +56,7 @@ class Kind(str, Enum):
     PI_5 = "pi-5"
     PC = "pc"
     MCU = "mcu"
+    STM32F405 = "stm32f405"
 
 
 class Medium(str, Enum):
@@ -85,6 +86,12 @@ _DEFAULTS: Mapping[str, Mapping[str, str]] = {
         "runtime": Runtime.TFLITE_MICRO.value,
         "memory": "128 kB",
         "flash": f"{MCU_BUDGET_BYTES} B",
+    },
+    # 1 MB of flash, half of it for each of two images; 128 KiB of RAM.
+    Kind.STM32F405.value: {
+        "runtime": Runtime.TFLITE_MICRO.value,
+        "memory": "128 kB",
+        "flash": "393216 B",
     },
 }
 
@@ -226,6 +233,65 @@ def _sensor_problem(values: Mapping[str, Any]) -> str | None:
     return None
 
 
+SERIAL_NAMES = ("by_id", "usb", "path")
+"""How a serial port is named: never guessed."""
+_ONE_SERIAL = f"a serial line names one of {', '.join(SERIAL_NAMES)}"
+_SERIAL_FOREIGN = "serial, emulated and gateway are for devices whose runtime is tflite-micro"
+_SERIAL_OR_EMULATED = "a device is on a serial line or emulated, not both"
+_GATEWAY_NEEDS_SERIAL = "gateway names whose serial line it is: it needs serial beside it"
+
+
+def _one_serial(schema: dict[str, Any]) -> None:
+    schema["oneOf"] = [{"required": [name]} for name in SERIAL_NAMES]
+
+
+class SerialLine(Contract):
+    """The serial port that a microcontroller is connected to, on its gateway."""
+
+    model_config = ConfigDict(json_schema_extra=_one_serial)
+
+    by_id: str | None = Field(
+        default=None, min_length=1, description="Name below /dev/serial/by-id on the gateway."
+    )
+    usb: str | None = Field(
+        default=None,
+        pattern=r"^[0-9A-Fa-f]{4}:[0-9A-Fa-f]{4}(:.+)?$",
+        description="USB vendor and product as VID:PID in hex; with :SERIAL where several are "
+        "alike.",
+    )
+    path: str | None = Field(
+        default=None, min_length=1, description="Device file, for example /dev/ttyACM0."
+    )
+    baud: int = Field(
+        default=115_200, gt=0, strict=True, description="Bits per second. Unless given: 115200."
+    )
+
+    @model_validator(mode="after")
+    def _is_one_port(self) -> Self:
+        if problem := _serial_problem(self.model_dump()):
+            raise ValueError(problem)
+        return self
+
+    def text(self) -> str:
+        """The port in a few words."""
+        return self.by_id or (f"USB {self.usb}" if self.usb else str(self.path))
+
+
+def _serial_problem(values: Mapping[str, Any]) -> str | None:
+    return _ONE_SERIAL if sum(values.get(x) is not None for x in SERIAL_NAMES) != 1 else None
+
+
+def _board_problem(values: Mapping[str, Any], runtime: object) -> str | None:
+    """What is wrong with how a microcontroller is reached."""
+    serial, emulated = values.get("serial") is not None, bool(values.get("emulated"))
+    gateway = values.get("gateway") is not None
+    if (serial or emulated or gateway) and runtime != Runtime.TFLITE_MICRO:
+        return _SERIAL_FOREIGN
+    if serial and emulated:
+        return _SERIAL_OR_EMULATED
+    return _GATEWAY_NEEDS_SERIAL if gateway and not serial else None
+
+
 def _as_written(schema: dict[str, Any]) -> None:
     """In a file, what `kind` gives may be left out."""
     schema["required"] = ["id", "kind"]
@@ -272,6 +338,22 @@ class Device(Contract):
         "and takes frames from requests only.",
     )
 
+    serial: SerialLine | None = Field(
+        default=None,
+        description="The serial port of a real microcontroller with firmware of `shoal build`.",
+    )
+    gateway: DeviceId | None = Field(
+        default=None,
+        description="Id of the device that its serial line is connected to: "
+        "there `shoal gateway` speaks for it.",
+    )
+    emulated: bool = Field(
+        default=False,
+        strict=True,
+        description="Run this microcontroller's firmware in QEMU, or as a process where there is "
+        "none, instead of its piece in an interpreter.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_kind(cls, data: Any) -> Any:
@@ -283,6 +365,8 @@ class Device(Contract):
             raise ValueError(_FLASH_MISSING)
         if self.runtime is not Runtime.TFLITE_MICRO and self.flash_bytes is not None:
             raise ValueError(_FLASH_FOREIGN)
+        if problem := _board_problem(self.model_dump(), self.runtime):
+            raise ValueError(problem)
         return self
 
 
@@ -333,6 +417,9 @@ class Fleet(Contract):
             problems.append(f"aggregator {self.aggregator!r} must be on a tier above 'device'")
         if not self.workers:
             problems.append(_NO_WORKER)
+        for device in self.devices:
+            if device.gateway is not None and device.gateway not in ids:
+                problems.append(_no_gateway(device.gateway, ids))
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -360,6 +447,10 @@ class Fleet(Contract):
     def link_of(self, device: Device) -> Link:
         """A device's own link, or the fleet's."""
         return device.link or self.link
+
+
+def _no_gateway(name: str, ids: list[str]) -> str:
+    return f"gateway {_short(name)} is not among the devices{_did_you_mean(name, ids)}"
 
 
 def load_fleet(path: Path | str) -> Fleet:
@@ -543,7 +634,8 @@ def _across(problem: Any) -> bool:
     """Whether a problem is one that a model found across its fields."""
     location = problem["loc"]
     of_model = location in ((), ("broker",)) or (
-        location[0] == "devices" and (len(location) == 2 or location[2:] == ("sensor",))
+        location[0] == "devices"
+        and (len(location) == 2 or location[2:] in (("sensor",), ("serial",)))
     )
     return problem["type"] == "value_error" and of_model
 
@@ -577,6 +669,7 @@ def _cross_findings(root: yaml.Node, data: Any) -> Iterator[_Finding]:
             problem = _sensor_problem(given)
         if sensor is not None and problem is not None:
             yield _at(sensor, f"{_label(root, ('devices', i, 'sensor'))}: {problem}")
+        yield from _serial_findings(root, i, device)
         found, name = _place(root, "devices", i, "id"), device.get("id")
         if found is None or not isinstance(name, str):
             continue
@@ -584,6 +677,12 @@ def _cross_findings(root: yaml.Node, data: Any) -> Iterator[_Finding]:
             yield _at(found, f"device id {_short(name)} is already given in line {first[name]}")
         first.setdefault(name, found.start_mark.line + 1)
         tiers.setdefault(name, numbers[i])
+    for i, device in enumerate(devices):
+        gateway = device.get("gateway") if isinstance(device, dict) else None
+        where = _place(root, "devices", i, "gateway")
+        if where is not None and isinstance(gateway, str) and gateway not in first:
+            text = _no_gateway(gateway, list(first))
+            yield _at(where, f"{_label(root, ('devices', i))}: {text}")
     named = _place(root, "aggregator")
     aggregator = data.get("aggregator")
     if named is not None and isinstance(aggregator, str) and first:
@@ -607,6 +706,21 @@ def _flash_findings(root: yaml.Node, i: int, device: Mapping[str, Any]) -> Itera
     elif not micro and "flash" in filled:
         foreign = _place(root, "devices", i, "flash") or _place(root, "devices", i, "runtime")
         yield _at(foreign or root, f"{where}: {_FLASH_FOREIGN}")
+
+
+def _serial_findings(root: yaml.Node, i: int, device: Mapping[str, Any]) -> Iterator[_Finding]:
+    place, given = _place(root, "devices", i, "serial"), device.get("serial")
+    problem = None
+    if isinstance(given, dict) and set(given) <= set(_keys(SerialLine)):
+        problem = _serial_problem(given)
+    if place is not None and problem is not None:
+        yield _at(place, f"{_label(root, ('devices', i, 'serial'))}: {problem}")
+    filled = {**_defaults(device.get("kind")), **device}
+    known = device.get("kind") in list(_DEFAULTS) and filled["runtime"] in list(Runtime)
+    if known and (problem := _board_problem(device, filled["runtime"])):
+        key = next(key for key in ("gateway", "serial", "emulated") if key in device)
+        where = _place(root, "devices", i, key) or root
+        yield _at(where, f"{_label(root, ('devices', i))}: {problem}")
 
 
 def _place(node: yaml.Node, *steps: object) -> yaml.Node | None:
@@ -723,6 +837,7 @@ _SECTIONS: Mapping[str, type[Contract]] = {
     "broker": BrokerSettings,
     "link": Link,
     "sensor": Sensor,
+    "serial": SerialLine,
 }
 
 

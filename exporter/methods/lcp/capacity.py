@@ -18,6 +18,7 @@ from .split import BranchSpec, Splitter
 
 MACS_PER_S: Mapping[Kind, float] = {
     Kind.MCU: 40e6,
+    Kind.STM32F405: 84e6,
     Kind.PI_ZERO_2: 1.5e9,
     Kind.PI_3: 2e9,
     Kind.PI_4: 6e9,

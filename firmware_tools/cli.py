@@ -1,0 +1,312 @@
+"""`shoal build`, `size`, `emulate`, `serial` and `flash`. Each parses, calls, and prints."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+bundle_option = click.option(
+    "--bundle", type=FOLDER, default=Path("bundle"), envvar="SHOAL_BUNDLE", show_default=True,
+    show_envvar=True, help="Folder that `shoal export` wrote.",
+)  # fmt: skip
+device_option = click.option("--device", required=True, help="Id of a microcontroller.")
+board_option = click.option(
+    "--board", help="Board instead of the one of the device's kind; `host` for a process."
+)
+stack_option = click.option(
+    "--stack", "stack_bytes", type=click.IntRange(min=512), default=8192, show_default=True,
+    help="Bytes set aside for the stack.",
+)  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _print(value: object) -> None:
+    click.echo(json.dumps(value, separators=(", ", ": ")))
+
+
+@click.command()
+@bundle_option
+@device_option
+@board_option
+@stack_option
+@click.option("-o", "--out", type=FOLDER, help="Folder to write to; by default build/DEVICE.")
+@click.option("--image-version", type=click.IntRange(1, 2**32 - 1), default=1, show_default=True)
+@json_option
+def build(
+    bundle: Path,
+    device: str,
+    board: str | None,
+    stack_bytes: int,
+    out: Path | None,
+    image_version: int,
+    as_json: bool,
+) -> None:
+    """Build a microcontroller's firmware: its pieces as C, the agent loop, its board."""
+    from .bundle import build_part, open_part
+
+    part = open_part(bundle, device)
+    target = out or Path("build") / device
+    image = build_part(
+        part, target, board_name=board, version=image_version, stack_bytes=stack_bytes
+    )
+    if as_json:
+        _print(
+            {
+                "elf": str(image.elf),
+                "binary": None if image.binary is None else str(image.binary),
+                "board": board or part.board_name,
+                "flash_bytes": image.flash_bytes,
+                "ram_bytes": image.ram_bytes,
+            }
+        )
+        return
+    click.echo(image.binary or image.elf)
+    if image.board is not None:
+        click.echo(
+            f"{image.board.name}: flash {image.flash_bytes} of {part.device.flash_bytes} B, "
+            f"RAM {image.ram_bytes} of {part.device.memory_bytes} B",
+            err=True,
+        )
+
+
+@click.command()
+@bundle_option
+@device_option
+@board_option
+@stack_option
+@json_option
+def size(bundle: Path, device: str, board: str | None, stack_bytes: int, as_json: bool) -> None:
+    """What a microcontroller's image needs against its budgets; its stack is measured in QEMU."""
+    from .bundle import build_part, open_part
+    from .emulate import qemu_installed
+    from .size import compare, measure
+
+    part = open_part(bundle, device)
+    with tempfile.TemporaryDirectory(prefix="shoal-size-") as folder:
+        image = build_part(part, Path(folder), board_name=board, stack_bytes=stack_bytes)
+        if image.board is None:
+            raise click.UsageError("a process has no budgets: name a board")
+        run = measure(image) if qemu_installed(image.board) else None
+        assert part.device.flash_bytes is not None
+        rows = compare(image, part.device.flash_bytes, part.device.memory_bytes, run)
+    if as_json:
+        fields = [vars(row) for row in rows]
+        _print({"rows": fields, "instructions": None if run is None else run.instructions})
+        return
+    for row in rows:
+        share = 100 * row.need_bytes / row.have_bytes
+        fix = f"  {row.fix}" if row.fix else ""
+        click.echo(
+            f"{row.what:<6}{row.need_bytes:>9} of {row.have_bytes:>7} B {share:5.1f} %  "
+            f"{row.origin}{fix}"
+        )
+    if run is None:
+        click.echo("stack not measured: QEMU is not installed", err=True)
+    else:
+        counts = ", ".join(f"{count:_}" for count in run.instructions)
+        click.echo(f"instructions of an inference: {counts} (counted in QEMU, no cycles)")
+
+
+@click.command()
+@bundle_option
+@click.option("--device", help="Id of a microcontroller.")
+@board_option
+@click.option(
+    "--model", type=click.Path(dir_okay=False, path_type=Path),
+    help="Run this .tflite once instead, and tell output, instructions and sizes.",
+)  # fmt: skip
+@click.option("--target", default="m4", show_default=True, help="Core that runs --model.")
+@click.option(
+    "--input", "input_file", type=click.Path(dir_okay=False, path_type=Path),
+    help="A .npy of int8, as --model stores it; pseudo-random unless given.",
+)  # fmt: skip
+@json_option
+def emulate(
+    bundle: Path,
+    device: str | None,
+    board: str | None,
+    model: Path | None,
+    target: str,
+    input_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Run a microcontroller's firmware in QEMU on a pseudo terminal, until Ctrl-C.
+
+    Where QEMU or the compiler is missing, the same firmware is built for this machine and runs as
+    a process.
+    """
+    if (device is None) == (model is None):
+        raise click.UsageError("give either --device or --model")
+    if model is not None:
+        _emulate_model(model, target, input_file, as_json)
+        return
+    assert device is not None
+    import signal
+
+    from .board import load_board
+    from .bundle import open_part
+    from .emulate import start_part
+
+    def stop(*_: object) -> None:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    part = open_part(bundle, device)
+    if board is not None and board != "host":
+        load_board(board)
+    with tempfile.TemporaryDirectory(prefix="shoal-emulate-") as folder:
+        emulation, what, notice = start_part(part, Path(folder), board)
+        with emulation:
+            if notice is not None:
+                click.echo(f"{device}: {notice}", err=True)
+            if as_json:
+                _print({"port": emulation.port, "what": what, "pid": emulation.pid})
+            else:
+                click.echo(emulation.port)
+                click.echo(f"{device}: firmware on {what}; Ctrl-C stops", err=True)
+            status = emulation.wait()
+    raise SystemExit(status)
+
+
+def _emulate_model(model: Path, target: str, input_file: Path | None, as_json: bool) -> None:
+    import numpy as np
+
+    from agent.protocol.errors import DataError
+
+    from .measure import measure_model
+
+    inputs = None
+    if input_file is not None:
+        try:
+            inputs = np.load(input_file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{input_file}: not a .npy file: {error}") from None
+        if inputs.dtype != np.int8:
+            raise DataError(f"{input_file}: holds {inputs.dtype.name}, the model stores int8")
+    run = measure_model(model, target, inputs)
+    fields = {
+        "output": run.outputs[0].tolist(),
+        "instructions": run.instructions[0],
+        "text_bytes": run.text_bytes,
+        "model_bytes": run.model_bytes,
+        "ram_bytes": run.ram_bytes,
+        "stack_bytes": run.stack_bytes,
+    }
+    if as_json:
+        _print(fields)
+        return
+    for name, value in fields.items():
+        click.echo(f"{name:<13}{value}")
+
+
+@click.command()
+@click.option("--port", metavar="PATH", help="Serial port of a microcontroller.")
+@click.option("--baud", type=click.IntRange(min=300), default=115_200, show_default=True)
+@click.option("--list", "list_them", is_flag=True, help="List the serial ports of this machine.")
+@json_option
+def serial(port: str | None, baud: int, list_them: bool, as_json: bool) -> None:
+    """Ask a microcontroller on a serial port who it is and how it is doing."""
+    from agent.protocol.frames import text_of
+    from agent.protocol.line import LineClient
+    from agent.protocol.port import SerialPort
+
+    from .flash import list_ports
+
+    if list_them == (port is not None):
+        raise click.UsageError("give either --port PATH or --list")
+    if port is None:
+        ports = list_ports()
+        if as_json:
+            _print([vars(each) for each in ports])
+            return
+        for each in ports:
+            click.echo(each.text())
+        if not ports:
+            click.echo("no serial port is connected", err=True)
+        return
+    line = SerialPort(port, baud)
+    try:
+        client = LineClient(line)
+        identity = client.identity()
+        pieces = [client.piece(index) for index in range(identity.pieces)]
+        statistics = client.statistics()
+    finally:
+        line.close()
+    fields: dict[str, Any] = {
+        **identity._asdict(),
+        "board": text_of(identity.board),
+        "plan": f"{identity.plan:08x}",
+        "build": f"{identity.build:08x}",
+        "pieces": [
+            {**piece._asdict(), "sha256": piece.sha256.hex(), "name": text_of(piece.name)}
+            for piece in pieces
+        ],
+        "statistics": statistics._asdict(),
+    }
+    if as_json:
+        _print(fields)
+        return
+    click.echo(f"{fields['board']}: plan {fields['plan']}, build {fields['build']}, "
+               f"image version {identity.image_version}, {identity.resets} resets")  # fmt: skip
+    for piece in fields["pieces"]:
+        click.echo(
+            f"piece {piece['name']}: input {piece['input_bytes']} B, output "
+            f"{piece['output_bytes']} B, arena {piece['arena_bytes']} B, {piece['sha256'][:12]}"
+        )
+    click.echo(
+        f"{statistics.inferences} inferences, stack {statistics.stack_used_bytes} of "
+        f"{statistics.stack_bytes} B, {statistics.damaged} damaged frames, "
+        f"{statistics.overruns} overruns, {statistics.refused} refused"
+    )
+
+
+@click.command()
+@bundle_option
+@device_option
+@board_option
+@click.option("--port", metavar="PATH", help="Serial port; by default the fleet file's.")
+@click.option("--baud", type=click.IntRange(min=300), default=115_200, show_default=True)
+@click.option("--image-version", type=click.IntRange(1, 2**32 - 1), default=1, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Build and find the port, write nothing.")
+def flash(
+    bundle: Path,
+    device: str,
+    board: str | None,
+    port: str | None,
+    baud: int,
+    image_version: int,
+    dry_run: bool,
+) -> None:
+    """Build a microcontroller's firmware and write it through its ST bootloader (AN3155).
+
+    Start the chip's bootloader first: BOOT0 high, then reset. It erases what was there; the image
+    is read back and its identity asked for.
+    """
+    from .bundle import build_part, open_part
+    from .flash import flash_stm32, matching_port
+
+    part = open_part(bundle, device)
+    with tempfile.TemporaryDirectory(prefix="shoal-flash-") as folder:
+        image = build_part(part, Path(folder), board_name=board, version=image_version)
+        if image.board is None or image.binary is None:
+            raise click.UsageError("a process is not flashed: name a board")
+        path = port or matching_port(part.device.serial)
+        content = image.binary.read_bytes()
+        click.echo(
+            f"{device}: {len(content)} B to {image.board.name} at 0x{image.board.flash.origin:08x} "
+            f"through {path}"
+        )
+        if dry_run:
+            click.echo("dry run: nothing was written")
+            return
+        with click.progressbar(length=2 * len(content), label="write and verify") as bar:
+            flash_stm32(path, baud, image.board.flash.origin, content, bar.update)
+    click.echo("written and verified")

@@ -1,0 +1,147 @@
+"""Writes images through serial bootloaders. Ports are listed and matched, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.protocol.errors import DeviceUnreachable, ShoalError
+from agent.protocol.fleet import SerialLine
+
+BY_ID = Path("/dev/serial/by-id")
+PIP_LINE = "pip install 'shoal[firmware]'"
+_BLOCK_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Port:
+    """A serial port of this machine."""
+
+    path: str
+    description: str
+    usb: str | None
+    by_id: str | None
+
+    def text(self) -> str:
+        """One line for people, with what a fleet file takes."""
+        names = [
+            f"usb: {self.usb}" if self.usb else "",
+            f"by_id: {self.by_id}" if self.by_id else "",
+        ]
+        return f"{self.path}  {self.description}  {'  '.join(filter(None, names))}".rstrip()
+
+
+def list_ports() -> list[Port]:
+    """The serial ports of this machine.
+
+    Raises:
+        ShoalError: pyserial is not installed.
+    """
+    try:
+        from serial.tools import list_ports as tools
+    except ModuleNotFoundError:
+        raise ShoalError("listing ports needs pyserial", PIP_LINE) from None
+    linked = {str(path.resolve()): path.name for path in BY_ID.glob("*")} if BY_ID.is_dir() else {}
+    found = []
+    for port in sorted(tools.comports(), key=lambda port: str(port.device)):
+        usb = None if port.vid is None else f"{port.vid:04x}:{port.pid:04x}"
+        if usb is not None and port.serial_number:
+            usb += f":{port.serial_number}"
+        by_id = linked.get(str(Path(port.device).resolve()))
+        found.append(Port(port.device, port.description, usb, by_id))
+    return found
+
+
+def matching_port(line: SerialLine | None) -> str:
+    """Path of the port that a fleet file names.
+
+    Raises:
+        DeviceUnreachable: none, or several; lists what is connected.
+    """
+    ports = list_ports()
+    listed = "; ".join(port.text() for port in ports) or "none"
+    if line is None:
+        raise DeviceUnreachable(
+            "the fleet file names no serial port", f"--port PATH; ports: {listed}"
+        )
+    if line.path is not None:
+        return line.path
+    wanted = (line.usb or "").lower()
+    found = [
+        port.path
+        for port in ports
+        if (line.by_id is not None and port.by_id == line.by_id)
+        or (wanted and port.usb is not None and (port.usb.lower() + ":").startswith(wanted + ":"))
+    ]
+    if len(found) != 1:
+        how = "no port is" if not found else f"{len(found)} ports are"
+        raise DeviceUnreachable(f"{how} {line.text()}", f"ports: {listed}")
+    return found[0]
+
+
+def flash_stm32(
+    path: str,
+    baud: int,
+    address: int,
+    content: bytes,
+    progress: Callable[[int], None] = lambda _: None,
+    *,
+    parity: str = "E",
+) -> None:
+    """Write bytes through a bootloader that speaks ST AN3155, and read them back.
+
+    Args:
+        path: Serial port.
+        baud: Bits per second.
+        address: Where the first byte goes.
+        content: What to write.
+        progress: Called with bytes written, then with bytes read back: twice the content in all.
+        parity: "E" for the ROM of a chip; "N" where the port has none, as a pseudo terminal.
+
+    Raises:
+        ShoalError: stm32loader is not installed, or what was read back differs.
+        DeviceUnreachable: no bootloader answers, or it stops answering.
+    """
+    try:
+        from stm32loader.bootloader import CommandError, PageIndexError, Stm32Bootloader
+        from stm32loader.uart import SerialConnection
+    except ModuleNotFoundError:
+        raise ShoalError("flashing needs stm32loader", PIP_LINE) from None
+    connection = SerialConnection(path, baud, parity)
+    connection.timeout = 5
+    try:
+        connection.connect()
+    except OSError as error:
+        raise DeviceUnreachable(f"{path}: cannot be opened: {error}") from None
+    loader = Stm32Bootloader(connection, verbosity=0)
+    try:
+        loader.reset_from_system_memory()
+        _erase(loader)
+        padded = content + b"\xff" * (-len(content) % 4)
+        for at in range(0, len(padded), _BLOCK_BYTES):
+            part = padded[at : at + _BLOCK_BYTES]
+            loader.write_memory(address + at, bytearray(part))
+            progress(min(len(part), len(content) - at))
+        for at in range(0, len(content), _BLOCK_BYTES):
+            part = content[at : at + _BLOCK_BYTES]
+            read = bytes(loader.read_memory(address + at, len(part)))
+            if read != part:
+                raise ShoalError(f"what was written at 0x{address + at:08x} reads back otherwise")
+            progress(len(part))
+        loader.go(address)
+    except (CommandError, PageIndexError, OSError) as error:
+        raise DeviceUnreachable(
+            f"{path}: the bootloader does not answer as AN3155 says: {error}",
+            "start it: BOOT0 high, then reset; or ask the firmware: shoal serial --reboot",
+        ) from None
+    finally:
+        connection.serial_connection.close()
+
+
+def _erase(loader: object) -> None:
+    loader.get()  # type: ignore[attr-defined]
+    if loader.extended_erase:  # type: ignore[attr-defined]
+        loader.extended_erase_memory()  # type: ignore[attr-defined]
+    else:
+        loader.erase_memory()  # type: ignore[attr-defined]
