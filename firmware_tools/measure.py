@@ -37,6 +37,7 @@ ICOUNT_SHIFT = 5
 CALIBRATION_INSTRUCTIONS = 2_000_000
 SEED = 1
 """Of the input where none is given."""
+_HEX = re.compile(r"[0-9a-f]{2,}")
 _ARENA = re.compile(r"_ARENA_BYTES (\d+)U")
 _INPUT = re.compile(r"_INPUT_BYTES (\d+)U")
 _OUTPUT = re.compile(r"_OUTPUT_BYTES (\d+)U")
@@ -226,7 +227,8 @@ def _emulate(elf: Path, board: Board, timeout_s: float) -> list[str]:
         raise DeviceUnreachable(
             f"{board.name}: no answer within {timeout_s:.0f} s", "give it more time"
         ) from None
-    return (done.stdout + done.stderr).split()
+    words = (done.stdout + done.stderr).split()
+    return [word for word in words if _HEX.fullmatch(word) or word == "FAULT"]
 
 
 def _sizes(elf: Path, tools: str, prefix: str) -> tuple[int, int]:

@@ -304,7 +304,7 @@ def _factors(
     if (sums >= 2**31).any():
         raise Unsupported("a sum may exceed 32 bits", "use fewer inputs per output")
     fast = True
-    rows = ["{0, 0, 0, 0, 1, {0, 0}}"] * count
+    rows = ["{0, 0, 0, 0, 1, 1, 0}"] * count
     for channel, (place, factor) in enumerate(zip(places, multipliers, strict=True)):
         left, right = max(factor.shift, 0), max(-factor.shift, 0)
         rounding = (1 << (right - 1)) + out_zero * (1 << right) if right else 0
@@ -313,7 +313,7 @@ def _factors(
         fast = fast and holds and right >= 1 and abs(rounding) < 2**30 and left < 31
         rows[place] = (
             f"{{{int(biases[channel])}, {factor.multiplier}, "
-            f"{rounding if abs(rounding) < 2**31 else 0}, {left}, {right}, {{0, 0}}}}"
+            f"{rounding if abs(rounding) < 2**31 else 0}, {left}, {right}, {left + 1}, 0}}"
         )
     return _Factors(tuple(rows), fast)
 
@@ -684,6 +684,14 @@ def _add(context: _Context, operator: Operator) -> Step:
     result = Multiplier.of(twice / (2.0**20 * output.scale))
     if max(first.shift, second.shift, result.shift) > 0:
         raise Unsupported("its output's scale is too small for its inputs'", "calibrate again")
+    pair = arguments.split(", ")
+    if a.scale < b.scale:  # the larger scale first: its factor is 1/2, a shift
+        a, b, first, second, pair = b, a, second, first, pair[::-1]
+    right = -result.shift
+    rounding = (1 << (right - 1)) + output.zero_point * (1 << right) if right else 0
+    same = a.shape == b.shape == output.shape
+    fast = same and first == Multiplier(2**30, 0) and second.shift < 0 and right >= 1
+    fast = fast and abs(rounding) < 2**30
     low, high = _range(operator, output)
     fields = {
         "first_zero": a.zero_point,
@@ -692,21 +700,34 @@ def _add(context: _Context, operator: Operator) -> Step:
         "first_multiplier": first.multiplier,
         "second_multiplier": second.multiplier,
         "out_multiplier": result.multiplier,
+        "second_half": (1 << -second.shift) >> 1,
+        "out_rounding": rounding if fast else 0,
         "first_right": -first.shift,
         "second_right": -second.shift,
-        "out_right": -result.shift,
+        "out_right": right,
+        "fast": fast,
         "low": low,
         "high": high,
     }
+    # The shape's strides are the file's order; terms may have changed places.
+    swapped = pair != arguments.split(", ")
+    layout = _swapped(shape) if swapped else shape
     return Step(
         operator,
         read,
         output.index,
-        f"shoal_add(&{{name}}, &{{name}}_shape, {arguments}, {{out}})",
+        f"shoal_add(&{{name}}, &{{name}}_shape, {', '.join(pair)}, {{out}})",
         _about(operator, [a, b], output),
-        (_struct("shoal_add", fields, 32), shape, *tables),
+        (_struct("shoal_add", fields, 40), layout, *tables),
         behind=_elementwise_behind(context.graph, read, output),
     )
+
+
+def _swapped(shape: Constant) -> Constant:
+    """A broadcast with its inputs exchanged."""
+    size, first, second = shape.rows
+    rows = (size, second.replace(".second", ".first"), first.replace(".first", ".second"))
+    return Constant(shape.ctype, shape.suffix, rows, shape.size_bytes)
 
 
 def _mul(context: _Context, operator: Operator) -> Step:

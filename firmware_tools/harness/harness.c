@@ -95,6 +95,8 @@ static void harness_start_ticks(void)
     HARNESS_SYST[1] = 0xFFFFFFU;
     HARNESS_SYST[2] = 0U;
     HARNESS_SYST[0] = 7U;
+    while (HARNESS_SYST[2] == 0U) { /* loaded with the first tick */
+    }
 }
 
 static uint32_t harness_ticks(void)
@@ -176,9 +178,10 @@ static void harness_number(uint32_t value)
 
 static void harness_paint(void)
 {
-    volatile uint32_t here;
-    for (volatile uint32_t *at = harness_stack; at < &here - 16; at++) {
-        *at = HARNESS_PAINT;
+    volatile uint32_t here = 0U;
+    const uint32_t count = ((uint32_t)((uintptr_t)&here - (uintptr_t)harness_stack) - 64U) / 4U;
+    for (uint32_t i = 0U; i < count; i++) {
+        ((volatile uint32_t *)harness_stack)[i] = HARNESS_PAINT;
     }
 }
 

@@ -122,7 +122,7 @@ static inline int32_t high_product_doubled(int32_t a, int32_t b)
 static inline int32_t fast_output(const struct shoal_channel *c, int32_t sum)
 {
 #if defined(SHOAL_DSP)
-    const int32_t t = high_product_doubled(shift_left(sum, c->left + 1U), c->multiplier);
+    const int32_t t = high_product_doubled(shift_left(sum, c->doubled), c->multiplier);
     return saturated8((t + (t >> 31) + c->rounding) >> c->right);
 #else
     const int32_t t = high_product(shift_left(sum, c->left), c->multiplier);
@@ -234,7 +234,7 @@ static void ring_fill(struct ring *r, const int8_t *input, uint32_t first, uint3
 
 /* ---- convolutions --------------------------------------------------------------------------- */
 
-/* What the inner loops need of a convolution; the assembly reads it by offset. */
+/* What the inner loops need of a convolution. */
 struct dots {
     const int16_t *const *segments; /* a pointer into the ring for each stretch */
     uint32_t segment_count;
@@ -275,45 +275,100 @@ static void widen_weights(const int8_t *from, int16_t *to, uint32_t count)
     "smlad r6, r9, lr, r6\n\t"                                                                     \
     "smlad r7, r11, lr, r7\n\t"
 
-/* Two pixels times two channels of widened weights, first_byte into every stretch. sums: of both
- * channels at pixel 0, then at pixel 1. In assembly because it needs every register:
- * r0 weights, r1 and r2 pixels, r3 end of the stretch, r4..r7 sums, r8..r12 and lr values. */
-__attribute__((naked, noinline)) static void
-dot_two_by_two(const int16_t *weights __attribute__((unused)),
-               const struct dots *d __attribute__((unused)),
-               uint32_t first_byte __attribute__((unused)), int32_t *sums __attribute__((unused)))
+/* A row of two output channels as the assembly reads it, by offset; it counts `to` and `blocks`. */
+struct row_job {
+    const int16_t *const *segments;
+    uint32_t segment_count;
+    uint32_t bytes;      /* of a stretch of widened weights of a pair: 16 a quad */
+    uint32_t step_bytes; /* from a pixel to the next */
+    const int16_t *weights;
+    const struct shoal_channel *channels;
+    int8_t *to;
+    uint32_t pitch;  /* output channels */
+    uint32_t blocks; /* of two pixels, at least one */
+    uint32_t byte;   /* of the group in a pixel */
+};
+
+#define SHOAL_OUTPUT(sum)                                                                          \
+    "lsl " sum ", " sum ", r10\n\t"                                                                \
+    "smmulr " sum ", " sum ", r8\n\t"                                                              \
+    "add " sum ", " sum ", " sum ", asr #31\n\t"                                                   \
+    "add " sum ", " sum ", r9\n\t"                                                                 \
+    "asr " sum ", " sum ", r11\n\t"                                                                \
+    "ssat " sum ", #8, " sum "\n\t"
+
+/* Blocks of two pixels times two channels, for fast layers; clamped to int8 only. In
+ * assembly because the inner loop needs every register: r0 weights, r1 and r2 pixels, r3 end of
+ * the stretch, r4..r7 sums of both channels at pixel 0, then at pixel 1; r8..r12 and lr values. */
+__attribute__((naked, noinline)) static void fast_row(struct row_job *job __attribute__((unused)))
 {
-    __asm__ volatile("push {r3, r4, r5, r6, r7, r8, r9, r10, r11, lr}\n\t"
-                     "mov r8, r2\n\t"
-                     "ldmia r1, {r9, r10, r11, r12}\n\t"
-                     "push {r7, r8, r9, r10, r11, r12}\n\t"
-                     "ldmia r3, {r4, r5, r6, r7}\n\t"
-                     "1:\n\t" /* sp: unused, first_byte, segments, their count, bytes, step */
-                     "add r12, sp, #4\n\t"
-                     "ldmia r12, {r1, r8, r9, r10, r11}\n\t"
+    __asm__ volatile("push {r4, r5, r6, r7, r8, r9, r10, r11, lr}\n\t"
+                     "sub sp, sp, #28\n\t" /* byte, segments left, their count, bytes, step, job */
+                     "ldrd r2, r3, [r0, #8]\n\t"
+                     "strd r2, r3, [sp, #12]\n\t"
+                     "ldr r1, [r0, #36]\n\t"
+                     "str r1, [sp]\n\t"
+                     "str r0, [sp, #20]\n\t"
+                     "mov r12, r0\n\t"
+                     "1:\n\t"
+                     "ldrd r8, r9, [r12]\n\t"
+                     "strd r8, r9, [sp, #4]\n\t"
+                     "ldrd r0, r3, [r12, #16]\n\t"
+                     "ldr r4, [r3]\n\t"
+                     "ldr r5, [r3, #16]\n\t"
+                     "mov r6, r4\n\t"
+                     "mov r7, r5\n\t"
+                     "2:\n\t"
+                     "ldmia sp, {r1, r8, r9, r10, r11}\n\t"
                      "ldr r12, [r8], #4\n\t"
                      "sub r9, r9, #1\n\t"
-                     "strd r8, r9, [sp, #8]\n\t"
+                     "strd r8, r9, [sp, #4]\n\t"
                      "add r1, r1, r12\n\t"
                      "add r2, r1, r11\n\t"
                      "add r3, r0, r10\n\t"
                      "tst r10, #16\n\t"
-                     "beq 2f\n\t"
-                     SHOAL_QUAD
-                     "cmp r0, r3\n\t"
                      "beq 3f\n\t"
-                     "2:\n\t"
+                     SHOAL_QUAD
+                     "cmp r0, r3\n\t"
+                     "beq 4f\n\t"
+                     "3:\n\t"
                      SHOAL_QUAD
                      SHOAL_QUAD
                      "cmp r0, r3\n\t"
-                     "bne 2b\n\t"
-                     "3:\n\t"
-                     "ldr r9, [sp, #12]\n\t"
+                     "bne 3b\n\t"
+                     "4:\n\t"
+                     "ldr r9, [sp, #8]\n\t"
                      "cmp r9, #0\n\t"
+                     "bne 2b\n\t"
+                     "ldr r12, [sp, #20]\n\t"
+                     "ldr r3, [r12, #20]\n\t"
+                     "ldrd r1, r2, [r12, #24]\n\t"
+                     "ldrd r8, r9, [r3, #4]\n\t"
+                     "ldrb r10, [r3, #14]\n\t"
+                     "ldrb r11, [r3, #13]\n\t"
+                     SHOAL_OUTPUT("r4")
+                     SHOAL_OUTPUT("r6")
+                     "ldrd r8, r9, [r3, #20]\n\t"
+                     "ldrb r10, [r3, #30]\n\t"
+                     "ldrb r11, [r3, #29]\n\t"
+                     SHOAL_OUTPUT("r5")
+                     SHOAL_OUTPUT("r7")
+                     "strb r5, [r1, #1]\n\t"
+                     "strb r4, [r1]\n\t"
+                     "add r1, r1, r2\n\t"
+                     "strb r7, [r1, #1]\n\t"
+                     "strb r6, [r1]\n\t"
+                     "add r1, r1, r2\n\t"
+                     "ldr r3, [sp]\n\t"
+                     "ldr r4, [sp, #16]\n\t"
+                     "ldr r5, [r12, #32]\n\t"
+                     "add r3, r3, r4, lsl #1\n\t"
+                     "str r3, [sp]\n\t"
+                     "str r1, [r12, #24]\n\t"
+                     "subs r5, r5, #1\n\t"
+                     "str r5, [r12, #32]\n\t"
                      "bne 1b\n\t"
-                     "add sp, sp, #24\n\t"
-                     "pop {r3}\n\t"
-                     "stmia r3, {r4, r5, r6, r7}\n\t"
+                     "add sp, sp, #28\n\t"
                      "pop {r4, r5, r6, r7, r8, r9, r10, r11, pc}\n\t");
 }
 
@@ -412,38 +467,46 @@ static void conv_row(const struct shoal_conv *k, const struct dots *d, const str
     const uint32_t pitch = k->out_channels;
     int32_t sums[4];
     uint32_t x = 0U;
-    uint32_t byte = group_byte;
-    if (k->out_width >= 2U) {
 #if defined(SHOAL_DSP)
+    const uint32_t blocks = k->out_width / 2U;
+    if ((blocks != 0U) && (o->fast != 0U) && (outputs == 2U)) {
+        struct row_job job = {d->segments, d->segment_count, d->bytes, d->step_bytes, slab, c,
+                              to, pitch, blocks, group_byte};
         widen_weights(weights, slab, d->segment_count * d->bytes / 2U);
-        const int16_t *const factors = slab;
-#else
-        const int8_t *const factors = weights;
-        (void)slab;
-#endif
-        for (; x + 2U <= k->out_width; x += 2U) {
-            sums[0] = c[0].bias;
-            sums[1] = c[1].bias;
-            sums[2] = c[0].bias;
-            sums[3] = c[1].bias;
-            dot_two_by_two(factors, d, byte, sums);
-            to[0] = output_byte(o, &c[0], sums[0]);
-            to[pitch] = output_byte(o, &c[0], sums[2]);
-            if (outputs == 2U) {
-                to[1] = output_byte(o, &c[1], sums[1]);
-                to[pitch + 1U] = output_byte(o, &c[1], sums[3]);
+        fast_row(&job);
+        x = blocks * 2U;
+        if (o->full == 0U) {
+            for (uint32_t i = 0U; i < x; i++) {
+                to[i * pitch] = (int8_t)clamped(to[i * pitch], o->low, o->high);
+                to[i * pitch + 1U] = (int8_t)clamped(to[i * pitch + 1U], o->low, o->high);
             }
-            to += 2U * pitch;
-            byte += 2U * d->step_bytes;
         }
     }
-    if (x < k->out_width) {
+#else
+    (void)slab;
+    for (; x + 2U <= k->out_width; x += 2U) {
         sums[0] = c[0].bias;
         sums[1] = c[1].bias;
-        dot_one_by_two(weights, d, byte, sums);
-        to[0] = output_byte(o, &c[0], sums[0]);
+        sums[2] = c[0].bias;
+        sums[3] = c[1].bias;
+        dot_two_by_two(weights, d, group_byte + x * d->step_bytes, sums);
+        int8_t *const at = to + x * pitch;
+        at[0] = output_byte(o, &c[0], sums[0]);
+        at[pitch] = output_byte(o, &c[0], sums[2]);
         if (outputs == 2U) {
-            to[1] = output_byte(o, &c[1], sums[1]);
+            at[1] = output_byte(o, &c[1], sums[1]);
+            at[pitch + 1U] = output_byte(o, &c[1], sums[3]);
+        }
+    }
+#endif
+    for (; x < k->out_width; x++) {
+        sums[0] = c[0].bias;
+        sums[1] = c[1].bias;
+        dot_one_by_two(weights, d, group_byte + x * d->step_bytes, sums);
+        int8_t *const at = to + x * pitch;
+        at[0] = output_byte(o, &c[0], sums[0]);
+        if (outputs == 2U) {
+            at[1] = output_byte(o, &c[1], sums[1]);
         }
     }
 }
@@ -558,6 +621,26 @@ static inline int8_t add_one(const struct shoal_add *k, int32_t first, int32_t s
     return (int8_t)clamped(value + k->out_zero, k->low, k->high);
 }
 
+/* The second input's term and the sum, where export found that 32 bits hold everything. */
+static inline int8_t add_fast(const struct shoal_add *k, int32_t first, int32_t second)
+{
+    const int32_t a = shift_left(first - k->first_zero, 19U);
+#if defined(SHOAL_DSP)
+    const int32_t b = high_product_doubled(shift_left(second - k->second_zero, 21U),
+                                           k->second_multiplier);
+#else
+    const int32_t b = high_product(shift_left(second - k->second_zero, 20U), k->second_multiplier);
+#endif
+    const int32_t sum = a + ((b + (b >> 31) + k->second_half) >> k->second_right);
+#if defined(SHOAL_DSP)
+    const int32_t t = high_product_doubled(shift_left(sum, 1U), k->out_multiplier);
+#else
+    const int32_t t = high_product(sum, k->out_multiplier);
+#endif
+    const int32_t value = (t + (t >> 31) + k->out_rounding) >> k->out_right;
+    return (int8_t)clamped(value, k->low, k->high);
+}
+
 static inline int8_t mul_one(const struct shoal_mul *k, int32_t first, int32_t second)
 {
     const int32_t product = (first - k->first_zero) * (second - k->second_zero);
@@ -569,6 +652,13 @@ static inline int8_t mul_one(const struct shoal_mul *k, int32_t first, int32_t s
 void shoal_add(const struct shoal_add *k, const struct shoal_broadcast *shape,
                const int8_t *first, const int8_t *second, int8_t *output)
 {
+    if (k->fast != 0U) {
+        const struct shoal_add held = *k; /* so that the loop need not load it again */
+        for (uint32_t i = 0U; i < shape->size[3]; i++) {
+            output[i] = add_fast(&held, first[i], second[i]);
+        }
+        return;
+    }
     for (uint32_t n = 0U; n < shape->size[0]; n++) {
         for (uint32_t y = 0U; y < shape->size[1]; y++) {
             for (uint32_t x = 0U; x < shape->size[2]; x++) {

@@ -16,7 +16,8 @@ struct shoal_channel {
     int32_t rounding;
     uint8_t left;
     uint8_t right;
-    uint8_t unused[2];
+    uint8_t doubled; /* left + 1 */
+    uint8_t unused;
 };
 
 /**
@@ -78,7 +79,10 @@ void shoal_depthwise(const struct shoal_depthwise *k, const int8_t *input, int8_
 struct shoal_add {
     int32_t first_zero, second_zero, out_zero;
     int32_t first_multiplier, second_multiplier, out_multiplier;
+    int32_t second_half;  /* of 2^second_right */
+    int32_t out_rounding; /* half of 2^out_right, and out_zero times it */
     uint8_t first_right, second_right, out_right;
+    uint8_t fast; /* same shapes; first_multiplier is 1/2 and first_right 0; the others are not 0 */
     int16_t low, high;
 };
 

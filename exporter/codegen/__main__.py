@@ -1,0 +1,5 @@
+"""`python -m exporter.codegen`: the same as `shoal codegen`."""
+
+from exporter.codegen.command import codegen
+
+codegen()
