@@ -3,6 +3,20 @@
 What the generated code computes equals TensorFlow Lite for Microcontrollers byte for byte.
 """
 
-from exporter.codegen.emit import GeneratedPiece, generate, write_piece
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exporter.codegen.emit import GeneratedPiece, generate, write_piece
 
 __all__ = ["GeneratedPiece", "generate", "write_piece"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the generator when it is first used: `shoal --help` loads this package, not numpy."""
+    if name in __all__:
+        from exporter.codegen import emit
+
+        return getattr(emit, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,8 +10,9 @@ import click
 
 from agent.protocol.errors import DataError
 
-from .emit import generate
-from .forms import FORMS, TARGET_FLAGS
+TARGETS = ("host", "m0", "m3", "m33", "m4", "m55", "m7", "rv32")
+FORM_NAMES = ("c", "arduino", "esp-idf", "zephyr")
+"""Keys of `forms.TARGET_FLAGS` and `forms.FORMS`, which are imported when they are needed."""
 
 
 @click.command()
@@ -23,14 +24,14 @@ from .forms import FORMS, TARGET_FLAGS
     "--target",
     default="m4",
     show_default=True,
-    type=click.Choice(sorted(TARGET_FLAGS)),
+    type=click.Choice(TARGETS),
     help="What the Makefile builds for. The C is the same for all: the preprocessor chooses.",
 )
 @click.option(
     "--form",
     default="c",
     show_default=True,
-    type=click.Choice(list(FORMS)),
+    type=click.Choice(FORM_NAMES),
     help="A folder with a Makefile, or a library for a framework.",
 )
 @click.option("--prefix", help="What every symbol begins with. Default: the file's name.")
@@ -39,6 +40,9 @@ def codegen(
     model: Path, out: Path, target: str, form: str, prefix: str | None, as_json: bool
 ) -> None:
     """Write an int8 .tflite file as C99: no interpreter, no allocation, TFLite-Micro's results."""
+    from .emit import generate
+    from .forms import FORMS
+
     try:
         content = model.read_bytes()
     except OSError as error:
