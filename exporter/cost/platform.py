@@ -94,11 +94,15 @@ class Processor(Contract):
 
 
 class OnChip(Contract):
-    """The memory nearest to the arithmetic. One access moves `width_bits`."""
+    """The memory nearest to the arithmetic. One access moves `width_bits`.
+
+    `line_buffers`: layers hand each other rows, so that activations never leave the chip.
+    """
 
     size: Constant[Size]
     access: Constant[Seconds]
     width_bits: Constant[Count]
+    line_buffers: Constant[bool] | None = None
 
 
 class OffChip(Contract):
@@ -125,7 +129,9 @@ class Platform(Contract):
     """One kind of device.
 
     Attributes:
-        overlap: Whether arithmetic and memory of a layer run at the same time.
+        overlap: What happens at the same time. `none`: memory, then arithmetic; `layer`: both,
+            within one layer; `ahead`: also weights of the next layers, as far as on-chip memory
+            holds them.
         element_bits: Of weights and activations; None: as the piece is exported.
         calibrated: What its constants were fitted to, None where nothing was.
     """
@@ -135,7 +141,7 @@ class Platform(Contract):
     compute: Annotated[Array | Systolic | Processor, Field(discriminator="kind")]
     on_chip: OnChip
     off_chip: OffChip | None = None
-    overlap: Constant[bool]
+    overlap: Constant[Literal["none", "layer", "ahead"]]
     energy: Energy | None = None
     element_bits: Constant[Count] | None = None
     calibrated: str | None = None

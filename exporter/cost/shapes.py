@@ -134,3 +134,29 @@ def bottleneck_resnet(
             x = net.add(f"{name}_add", y, x)
     net.dense("logits", net.global_pool("pool", x), classes, relu=False)
     return graph_of(net)
+
+
+def wide_resnet(depth: int, widths: Sequence[int], outputs: int, *, image: int = 32) -> LayerGraph:
+    """Wide residual network (Zagoruyko & Komodakis 2016) for small images, as far as work goes.
+
+    Its batch norms stand before the convolutions and do not fold; they are left out here.
+
+    Args:
+        depth: 6 n + 4.
+        widths: Of the three groups.
+        outputs: Of the last layer: classes, or features of a student.
+        image: Height and width of the RGB image.
+    """
+    net = Layout(f"wrn{depth}", (image, image, 3))
+    x = net.conv("conv1", net.frame, 16, 3, relu=False)
+    for group, width in enumerate(widths, 1):
+        for block in range(1, (depth - 4) // 6 + 1):
+            name = f"group{group}_{block}"
+            stride = 2 if group > 1 and block == 1 else 1
+            y = net.conv(f"{name}_conv1", x, width, 3, stride=stride)
+            y = net.conv(f"{name}_conv2", y, width, 3, relu=False)
+            if block == 1:
+                x = net.conv(f"{name}_skip", x, width, 1, stride=stride, relu=False)
+            x = net.add(f"{name}_add", y, x)
+    net.dense("last", net.global_pool("pool", x), outputs, relu=False)
+    return graph_of(net)

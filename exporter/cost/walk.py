@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import count
@@ -93,7 +93,7 @@ class DeviceCost:
     Attributes:
         busy_s: Time that it calculates.
         usage: Cycles, accesses and energy of that.
-        resident_bytes: Weights and live tensors of all its pieces, each with tensors of its own.
+        resident_bytes: Weights and live tensors of all its pieces; see `Setting.one_arena`.
         sent_bytes, received_bytes: Payload and overhead.
         joules: Of everything, idling included; None where the platform does not say.
     """
@@ -155,12 +155,15 @@ class Setting:
         network: Between them.
         asker: The device that has the frame, whose own node needs no message; None: somebody else.
         frame_bytes: Content of the request; 0 = a trigger, sensors are on the devices.
+        one_arena: Whether a device's pieces use the same memory for their tensors one after the
+            other; our agent gives each its own.
     """
 
     platforms: Mapping[str, Platform]
     network: Network = field(default_factory=Network)
     asker: str | None = None
     frame_bytes: float = 0.0
+    one_arena: bool = False
 
 
 def plan_cost(
@@ -207,7 +210,7 @@ def _check(strategy: Strategy, works: Mapping[str, PieceWork], setting: Setting)
             problems.append(f"{device}: no platform is given for it")
             continue
         room = (platform.off_chip or platform.on_chip).size.value
-        need = _resident(_pieces_of(strategy, device), works, platform)
+        need = _resident(_pieces_of(strategy, device), works, setting, device)
         if need > room:
             problems.append(f"{device}: needs {need:_.0f} B, {platform.platform} has {room:_.0f} B")
     if problems:
@@ -226,11 +229,15 @@ def element_bytes_on(work: PieceWork, platform: Platform) -> float:
     return work.element_bytes if bits is None else bits.value / 8
 
 
-def _resident(names: Iterable[str], works: Mapping[str, PieceWork], platform: Platform) -> float:
-    return sum(
-        (works[name].weights + works[name].peak_elements) * element_bytes_on(works[name], platform)
-        for name in names
-    )
+def _resident(
+    names: Sequence[str], works: Mapping[str, PieceWork], setting: Setting, device: str
+) -> float:
+    """Bytes of all pieces of a device: weights and live tensors."""
+    platform = setting.platforms[device]
+    widths = {name: element_bytes_on(works[name], platform) for name in names}
+    tensors = [works[name].peak_elements * widths[name] for name in names]
+    weights = sum(works[name].weights * widths[name] for name in names)
+    return weights + (max(tensors, default=0.0) if setting.one_arena else sum(tensors))
 
 
 @dataclass(frozen=True)
@@ -307,7 +314,7 @@ class _Walk:
     def _fits_on_chip(self, device: str) -> bool:
         platform = self.setting.platforms[device]
         names = _pieces_of(self.strategy, device)
-        return _resident(names, self.works, platform) <= platform.on_chip.size.value
+        return _resident(names, self.works, self.setting, device) <= platform.on_chip.size.value
 
     # The inference itself.
 
@@ -320,9 +327,10 @@ class _Walk:
         if self.setting.asker is not None:
             self._post(0.0, self.setting.asker, _REQUEST)
         pending = {name: set(waits) for name, waits in self.waits.items()}
-        on: dict[str, list[str]] = defaultdict(list)
-        for name, node in self.nodes.items():
-            on[node.device].append(name)
+        waiting: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for name, events in self.waits.items():
+            for event in events:
+                waiting[self.nodes[name].device, event].append(name)
         while self.queue:
             now, _, device, event = heapq.heappop(self.queue)
             if event.startswith(_RUN):
@@ -331,11 +339,10 @@ class _Walk:
             self.arrived.add((device, event))
             for message in self.kept.pop((device, event), []):
                 self._tell(message, now)
-            for name in on[device]:
-                if event in pending[name]:
-                    pending[name].discard(event)
-                    if not pending[name]:
-                        self._post(now, device, f"{_RUN}{name}")
+            for name in waiting.pop((device, event), ()):
+                pending[name].discard(event)
+                if not pending[name]:
+                    self._post(now, device, f"{_RUN}{name}")
         devices = {
             device: self._device_cost(device)
             for device in dict.fromkeys(node.device for node in self.strategy.nodes)
@@ -535,7 +542,7 @@ class _Walk:
         return DeviceCost(
             busy_s=usage.seconds,
             usage=usage,
-            resident_bytes=_resident(names, self.works, platform),
+            resident_bytes=_resident(names, self.works, self.setting, device),
             sent_bytes=self.sent[device],
             received_bytes=self.received[device],
             joules=joules,

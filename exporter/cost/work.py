@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 
 from agent.protocol.plan import Output
@@ -161,55 +162,123 @@ def run_piece(work: PieceWork, platform: Platform, *, resident: bool, sharing: i
         resident: Whether the weights are on chip from one inference to the next.
         sharing: Devices that use a shared off-chip memory at the time.
     """
-    usage = Usage(0.0, 0.0, 0, 0.0, 0.0 if platform.energy else None)
+    usage = Usage(joules=0.0 if platform.energy else None)
+    fetcher = _Fetcher(platform.on_chip.size.value) if platform.overlap.value == "ahead" else None
     for layer in work.layers:
-        usage += run_layer(layer, platform, work.element_bytes, resident=resident, sharing=sharing)
+        taken = _taken(layer, platform, work.element_bytes, resident=resident, sharing=sharing)
+        seconds = taken.seconds(platform)
+        if fetcher is not None:
+            own = max(taken.arithmetic_s, taken.near_s, taken.activations_s)
+            there = fetcher.fetched_s(usage.seconds, taken.weights_s, taken.byte_s)
+            seconds = max(own, there - usage.seconds)
+        usage += replace(taken.usage, seconds=seconds + _overhead(platform.compute))
     if isinstance(platform.compute, Processor):
-        usage += Usage(seconds=platform.compute.per_piece.value)
+        usage += replace(Usage(), seconds=platform.compute.per_piece.value)
     return usage
 
 
-def run_layer(
+def run_layer(layer: LayerWork, platform: Platform, element_bytes: float) -> Usage:
+    """Run one layer that needs no weights from off-chip memory; arguments as of `run_piece`."""
+    taken = _taken(layer, platform, element_bytes, resident=True, sharing=1)
+    return replace(taken.usage, seconds=taken.seconds(platform) + _overhead(platform.compute))
+
+
+class _Fetcher:
+    """Fetches the weights of layer after layer, never more ahead than on-chip memory holds."""
+
+    def __init__(self, room_bytes: float) -> None:
+        self._room_bytes = room_bytes
+        self._last_s = 0.0
+        self._seen = 0
+        self._ahead: deque[tuple[float, float]] = deque()
+        """Start and weights' fetching time of the layers that fit on chip together."""
+
+    def fetched_s(self, start_s: float, weights_s: float, byte_s: float) -> float:
+        """When the last weight of the next layer is there.
+
+        Args:
+            start_s: When the layer before has ended.
+            weights_s: Time to fetch its weights.
+            byte_s: Time to fetch a byte.
+        """
+        room_s = self._room_bytes * byte_s
+        self._ahead.append((start_s, weights_s))
+        while len(self._ahead) > 1 and sum(x for _, x in self._ahead) > room_s:
+            self._ahead.popleft()
+        # Room for it comes when the layer before the first of these has ended.
+        bound_s = self._ahead[0][0] if len(self._ahead) < self._seen + 1 else 0.0
+        self._seen += 1
+        if weights_s > room_s:
+            bound_s = start_s + weights_s - room_s
+        self._last_s = max(self._last_s + weights_s, bound_s)
+        return self._last_s
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Times of one layer that may or may not pass together, in seconds.
+
+    Attributes:
+        arithmetic_s: Of the arithmetic.
+        near_s: Of on-chip memory.
+        weights_s, activations_s: Of off-chip memory.
+        byte_s: Of one byte off chip.
+        usage: All but the time.
+    """
+
+    arithmetic_s: float
+    near_s: float
+    weights_s: float
+    activations_s: float
+    byte_s: float
+    usage: Usage
+
+    def seconds(self, platform: Platform) -> float:
+        """Of the layer on its own."""
+        parts = (self.arithmetic_s, self.near_s, self.weights_s + self.activations_s)
+        return sum(parts) if platform.overlap.value == "none" else max(parts)
+
+
+def _taken(
     layer: LayerWork,
     platform: Platform,
     element_bytes: float,
     *,
-    resident: bool = True,
-    sharing: int = 1,
-) -> Usage:
-    """Run one layer; arguments as of `run_piece`.
+    resident: bool,
+    sharing: int,
+) -> _Taken:
+    """What one layer takes.
 
     On-chip memory gives each weight and input once (a line buffer holds what windows share) and
     takes each output. Weights that are not resident come from off-chip memory, and so do
-    activations of a layer whose inputs and outputs together exceed the on-chip memory.
+    activations of a layer whose inputs and outputs together exceed the on-chip memory, unless
+    rows go from layer to layer.
     """
-    compute = platform.compute
-    cycles, seconds = arithmetic(layer, compute)
+    cycles, seconds = arithmetic(layer, platform.compute)
     moved = (layer.weights + layer.inputs + layer.outputs) * element_bytes
     accesses = ceil(moved / (platform.on_chip.width_bits.value / 8))
-    near = accesses * platform.on_chip.access.value
-    far_bytes = 0.0
+    weights, activations, byte_s = 0.0, 0.0, 0.0
     if platform.off_chip is not None:
-        activations = (layer.inputs + layer.outputs) * element_bytes
-        far_bytes += 0.0 if resident else layer.weights * element_bytes
-        far_bytes += activations if activations > platform.on_chip.size.value else 0.0
-        rate = platform.off_chip.rate.value
-        rate /= sharing if platform.off_chip.shared.value else 1
-        far = far_bytes / rate
-    else:
-        far = 0.0
-    parts = (seconds, near, far)
+        weights = 0.0 if resident else layer.weights * element_bytes
+        tensors = (layer.inputs + layer.outputs) * element_bytes
+        lines = platform.on_chip.line_buffers
+        if tensors > platform.on_chip.size.value and not (lines and lines.value):
+            activations = tensors
+        byte_s = 1 / platform.off_chip.rate.value
+        byte_s *= sharing if platform.off_chip.shared.value else 1
+    far_bytes = weights + activations
     energy = platform.energy
-    return Usage(
-        seconds=(max if platform.overlap.value else sum)(parts) + _overhead(compute),
-        cycles=cycles,
-        on_chip_accesses=accesses,
-        off_chip_bytes=far_bytes,
-        joules=None
-        if energy is None
-        else layer.macs * energy.mac.value
-        + moved * energy.on_chip_byte.value
-        + far_bytes * energy.off_chip_byte.value,
+    joules = None
+    if energy is not None:
+        joules = layer.macs * energy.mac.value + moved * energy.on_chip_byte.value
+        joules += far_bytes * energy.off_chip_byte.value
+    return _Taken(
+        arithmetic_s=seconds,
+        near_s=accesses * platform.on_chip.access.value,
+        weights_s=weights * byte_s,
+        activations_s=activations * byte_s,
+        byte_s=byte_s,
+        usage=Usage(0.0, cycles, accesses, far_bytes, joules),
     )
 
 
