@@ -60,8 +60,8 @@ def arduino_library(piece: GeneratedPiece, target: str) -> dict[str, str]:
     sketch = (
         f"#include <{name}.h>\n\n"
         f"static int8_t input[{piece.input_bytes}];\nstatic int8_t output[{piece.output_bytes}];\n"
-        f"static uint8_t arena[{piece.prefix.upper()}_ARENA_BYTES] __attribute__((aligned(16)));\n\n"
-        "void setup() {\n  Serial.begin(115200);\n}\n\n"
+        f"static uint8_t arena[{piece.prefix.upper()}_ARENA_BYTES] __attribute__((aligned(16)));\n"
+        "\nvoid setup() {\n  Serial.begin(115200);\n}\n\n"
         f"void loop() {{\n  {piece.prefix}_piece.run(input, output, arena);\n"
         f"  for (int8_t value : output) {{\n    Serial.println(value);\n  }}\n}}\n"
     )
