@@ -241,6 +241,14 @@ def _lcp_inputs(command: F) -> F:
             help="lcp: share of the loss that is the base's scores, the rest being labels.",
         ),
         click.option(
+            "--prune",
+            default=0.0,
+            show_default=True,
+            metavar="PERCENT",
+            type=click.FloatRange(0, 100, max_open=True),
+            help="lcp: channels that trained branches lose before they are trained on.",
+        ),
+        click.option(
             "--shift",
             default=0,
             show_default=True,
@@ -623,6 +631,7 @@ def _lcp_options(chosen: dict[str, Any]) -> Any:
         task_error=chosen["task_error"],
         fresh=chosen["fresh"],
         teach=chosen["teach"],
+        prune=chosen["prune"] / 100,
         training=TrainOptions(
             epochs=chosen["epochs"] or 30,
             decay=1e-4,

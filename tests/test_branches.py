@@ -14,7 +14,7 @@ import tensorflow as tf
 from agent.fuse import fuse_tensors
 from agent.protocol.errors import DataError
 from agent.protocol.plan import Fusion
-from exporter.methods.branches import Branch, BranchNetwork, merged
+from exporter.methods.branches import Branch, BranchNetwork, merged, pruned
 from exporter.training import TrainOptions
 
 
@@ -89,3 +89,36 @@ def test_branches_that_do_not_fit_are_refused_all_at_once() -> None:
     one = branch(0, 5)
     with pytest.raises(DataError, match=r"(?s)merge to \(10,\), the head takes \(9,\).*name of"):
         BranchNetwork((one, one), head(9), Fusion.CONCAT)
+
+
+def convolutional(i: int) -> Branch:
+    inputs = keras.Input((6, 6, 1), name=f"image{i}")
+    x = keras.layers.Conv2D(10, 3, padding="same", use_bias=False, name=f"conv{i}")(inputs)
+    x = keras.layers.ReLU(name=f"relu{i}")(keras.layers.BatchNormalization(name=f"bn{i}")(x))
+    y = keras.layers.DepthwiseConv2D(3, padding="same", name=f"depth{i}")(x)
+    x = keras.layers.Flatten(name=f"flatten{i}")(keras.layers.Add(name=f"add{i}")([x, y]))
+    x = keras.layers.Dense(4, activation="relu", name=f"fc{i}")(x)
+    return Branch(f"part-{i}", f"pi-{i}", keras.Model(inputs, x, name=f"part{i}"), "half")
+
+
+def test_pruning_takes_what_matters_least_and_leaves_the_features() -> None:
+    keras.utils.set_random_seed(0)
+    net = BranchNetwork((convolutional(0), convolutional(1)), head(8), Fusion.CONCAT)
+    idle = [1, 4, 7, 9]
+    for i, branch in enumerate(net.branches):
+        layer = branch.model.get_layer(f"fc{i}")
+        kernel, bias = layer.get_weights()
+        kernel = kernel.reshape(36, 10, 4)
+        kernel[:, idle] = 1e-6
+        layer.set_weights([kernel.reshape(360, 4), bias])
+    x = np.random.default_rng(0).normal(size=(20, 6, 6, 1)).astype(np.float32)
+
+    small = pruned(net, 0.4, x)
+
+    widths = [b.model.get_layer(f"conv{i}").filters for i, b in enumerate(small.branches)]
+    assert widths == [6, 6]
+    assert [b.shape for b in small.branches] == [(4,), (4,)]
+    np.testing.assert_allclose(small.logits(x), net.logits(x), atol=1e-4)
+    assert small.parameters < net.parameters
+    with pytest.raises(DataError, match="share to prune"):
+        pruned(net, 1.0, x)

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -211,8 +212,8 @@ def test_fattening_stops_when_it_is_accurate_enough_and_keeps_every_step(models,
     at_once = LCP().design(base, data, fleet, replace(short, task_error=100.0), quiet)
 
     rows = [d.report["sections"][0]["rows"] for d in (never, at_once)]
-    assert [row[0] for row in rows[1]] == ["0 %"]
-    assert [row[0] for row in rows[0]] == ["0 %", "100 %"]
+    assert [row[0] for row in rows[1]] == ["0 % fattened"]
+    assert [row[0] for row in rows[0]] == ["0 % fattened", "100 % fattened"]
     sizes = [int(row[1].replace(",", "")) for row in rows[0]]
     assert sizes == sorted(sizes) and sizes[-1] > sizes[0]
 
@@ -235,13 +236,19 @@ def test_command_exports_branches(models, tmp_path) -> None:
     arguments = [
         *(str(model), "--data", "digits", "--fleet", str(model.parent / "fleet.yaml")),
         *("--method", "lcp", "--merge", "concat", "--fatten", "10", "--epochs", "1"),
+        *("--prune", "40"),
         *("--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "bundle")),
     ]
     told = CliRunner().invoke(cli.export, arguments)
     assert told.exit_code == 0, told.output
     assert "accuracy fleet one lost" in told.output
-    fusion = read_manifest(tmp_path / "bundle").plan.strategies[0].aggregator.fusion
-    assert fusion is Fusion.CONCAT
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.plan.strategies[0].aggregator.fusion is Fusion.CONCAT
+    report = json.loads((tmp_path / "bundle" / "report.json").read_text())
+    steps = report["sections"][0]["rows"]
+    assert [step[0] for step in steps] == ["10 % fattened", "40 % pruned"]
+    sizes = [int(step[1].replace(",", "")) for step in steps]
+    assert sizes[1] == manifest.entry("lcp-east").estimated.parameters < 0.7 * sizes[0]
 
 
 def test_wrong_options_are_told_at_once() -> None:

@@ -26,6 +26,7 @@ How a method uses it:
            said = network.forward(x, heard, training=True)
            return cross_entropy(said.logits, labels) + ...   # said.features: one tensor a branch
 
+   `pruned(network, 0.4, inputs)` takes channels out of trained branches; train them on after it.
 3. `Method.design` returns `Design(pieces=network.pieces(data, fleet), facts=network, ...)`.
 4. `Method.settle` returns `settle(network, "lcp", data, fleet, run)`: the plan, the figures
    (`accuracy_fleet`, `accuracy_fleet_one_lost`, `fleet_payload`, ...) and the report's sections,
@@ -35,6 +36,15 @@ How a method uses it:
 from __future__ import annotations
 
 from .network import Branch, BranchNetwork, Said, feature_message_bytes, merged
+from .prune import pruned
 from .settle import settle
 
-__all__ = ["Branch", "BranchNetwork", "Said", "feature_message_bytes", "merged", "settle"]
+__all__ = [
+    "Branch",
+    "BranchNetwork",
+    "Said",
+    "feature_message_bytes",
+    "merged",
+    "pruned",
+    "settle",
+]

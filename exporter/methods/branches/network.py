@@ -213,11 +213,18 @@ def spread(available: int) -> NDArray[np.intp]:
     return np.arange(count, dtype=np.intp) * available // count
 
 
-def _run(model: keras.Model, x: Floats) -> Floats:
+def run_model(model: keras.Model, x: Floats) -> list[Floats]:
+    """Each output (N, ...) of a Keras model in inference."""
     import keras
 
-    parts = [
-        keras.ops.convert_to_numpy(model(x[i : i + BATCH], training=False))
-        for i in range(0, len(x), BATCH)
-    ]
-    return np.concatenate(parts)
+    told = []
+    for start in range(0, len(x), BATCH):
+        said = model(x[start : start + BATCH], training=False)
+        said = said if isinstance(said, list | tuple) else [said]
+        told.append([keras.ops.convert_to_numpy(part) for part in said])
+    return [np.concatenate(parts) for parts in zip(*told, strict=True)]
+
+
+def _run(model: keras.Model, x: Floats) -> Floats:
+    (output,) = run_model(model, x)
+    return output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +18,17 @@ from exporter.cost import Numbers, PieceCost, piece_cost
 from exporter.data import DataSet, Split
 from exporter.graph import layer_graph
 from exporter.quantize.native_stderr import start_tensorflow
-from exporter.training import Checkpoint, Loss, cross_entropy, divergence, train
+from exporter.training import (
+    Checkpoint,
+    Loss,
+    TrainOptions,
+    cross_entropy,
+    divergence,
+    train,
+)
 
-from ..branches import Branch, BranchNetwork, settle
+from ..branches import Branch, BranchNetwork, pruned, settle
+from ..branches.network import spread
 from ..face import Design, Progress, RunPiece, Settled
 from .capacity import Fit, procedure_1, unfit
 from .communication import Traffic, lcp_traffic, model_parallel_traffic
@@ -36,12 +44,12 @@ class Step:
     """One step of fattening.
 
     Attributes:
-        fatten: Share beyond Procedure 1's width.
+        what: What was done: how much fattened, or pruned.
         costs: Of each branch, estimated.
         accuracy: Of the float network on validation data.
     """
 
-    fatten: float
+    what: str
     costs: tuple[PieceCost, ...]
     accuracy: float
 
@@ -75,8 +83,28 @@ class LCP:
         )
         training, validation = parts(data, options)
         whole = accuracy_of(splitter.base, data, validation)
+
+        def trained(network: BranchNetwork, what: str, how: TrainOptions) -> float:
+            history = train(
+                network.models,
+                loss_of(network, splitter.base, options),
+                training,
+                data.inputs,
+                how,
+                parts=len(network.branches),
+                score=network.logits,
+                validation=validation,
+                checkpoint=None
+                if options.cache is None
+                else Checkpoint(options.cache / "lcp", _about(splitter, options)),
+                progress=progress,
+                what=f"train branches, {what}",
+            )
+            return history.accuracy or 0.0
+
         steps: list[Step] = []
         best: BranchNetwork | None = None
+        reached = 0.0
         for fatten in fattenings(options):
             keeps = keeps_of(splitter, fit, fatten)
             costs = tuple(
@@ -86,34 +114,27 @@ class LCP:
             if steps and not _fit(costs, fleet):
                 break
             network = untrained(splitter, keeps, merge, fleet, options)
-            history = train(
-                network.models,
-                loss_of(network, splitter.base, options),
-                training,
-                data.inputs,
-                options.training,
-                parts=len(network.branches),
-                score=network.logits,
-                validation=validation,
-                checkpoint=None
-                if options.cache is None
-                else Checkpoint(options.cache / "lcp", _about(splitter, options)),
-                progress=progress,
-                what=f"train branches, {fatten * 100:.0f} % fattened",
-            )
-            accuracy = history.accuracy or 0.0
-            steps.append(Step(fatten, costs, accuracy))
-            if best is None or accuracy >= max(step.accuracy for step in steps):
-                best = network
+            accuracy = trained(network, f"{fatten * 100:.0f} % fattened", options.training)
+            steps.append(Step(f"{fatten * 100:.0f} % fattened", costs, accuracy))
+            if best is None or accuracy > reached:
+                best, reached = network, accuracy
             if accuracy >= whole - options.task_error / 100:
-                best = network
+                best, reached = network, accuracy
                 break
         assert best is not None
+        if options.prune:
+            best = pruned(
+                best, options.prune, data.inputs(training.take(spread(len(training))).frames)
+            )
+            slower = replace(options.training, rate=options.training.rate / 2)
+            what = f"{options.prune * 100:.0f} % pruned"
+            reached = trained(best, what, slower)
+            steps.append(Step(what, _costs(best), reached))
         return Design(
             pieces=best.pieces(data, fleet),
             facts=best,
-            figures=_figures(splitter, best, steps, whole, fleet),
-            report={"sections": _sections(splitter, best, fit, steps, whole, fleet)},
+            figures=_figures(splitter, best, reached, whole),
+            report={"sections": _sections(splitter, best, fit, steps, whole)},
         )
 
     def settle(
@@ -200,6 +221,13 @@ def accuracy_of(model: keras.Model, data: DataSet, split: Split) -> float:
     return float(np.mean(logits.argmax(axis=1) == split.labels))
 
 
+def _costs(network: BranchNetwork) -> tuple[PieceCost, ...]:
+    return tuple(
+        piece_cost(layer_graph(branch.model), Numbers.INT8, name=branch.name)
+        for branch in network.branches
+    )
+
+
 def _fit(costs: Sequence[PieceCost], fleet: Fleet) -> bool:
     return not any(
         unfit(cost, device, fleet) for cost, device in zip(costs, fleet.workers, strict=True)
@@ -221,14 +249,10 @@ def _traffic(splitter: Splitter, network: BranchNetwork) -> tuple[Traffic, Traff
 
 
 def _figures(
-    splitter: Splitter,
-    network: BranchNetwork,
-    steps: Sequence[Step],
-    whole: float,
-    fleet: Fleet,
+    splitter: Splitter, network: BranchNetwork, reached: float, whole: float
 ) -> dict[str, Figure]:
     cost = piece_cost(layer_graph(splitter.base), Numbers.INT8)
-    branches = [piece_cost(layer_graph(branch.model), Numbers.INT8) for branch in network.branches]
+    branches = _costs(network)
     own, parallel = _traffic(splitter, network)
 
     def estimated(value: float, unit: str, note: str) -> Figure:
@@ -252,7 +276,7 @@ def _figures(
             parallel.bytes, "B/sample", "int8 activations that splitting each layer would send"
         ),
         "accuracy_validation": Figure(
-            value=max(step.accuracy for step in steps),
+            value=reached,
             unit="share",
             origin="measured",
             note=f"float branches, validation data; the base has {whole * 100:.2f} %",
@@ -266,19 +290,18 @@ def _sections(
     fit: Fit,
     steps: Sequence[Step],
     whole: float,
-    fleet: Fleet,
 ) -> list[dict[str, Any]]:
     own, parallel = _traffic(splitter, network)
     return [
         {
-            "title": "Fattening",
+            "title": "Fattening and pruning",
             "text": f"Procedure 1 divided {fit.divided} times beyond one share a device. Each step "
             f"is trained anew; accuracies are those of validation data, where the base has "
             f"{whole * 100:.2f} %.",
-            "head": ["fattened", "largest branch", "its MACs", "accuracy"],
+            "head": ["step", "largest branch", "its MACs", "accuracy"],
             "rows": [
                 [
-                    f"{step.fatten * 100:.0f} %",
+                    step.what,
                     f"{max(cost.parameters for cost in step.costs):,}",
                     f"{max(cost.macs for cost in step.costs):,}",
                     f"{step.accuracy * 100:.2f} %",

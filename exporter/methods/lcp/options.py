@@ -30,7 +30,9 @@ class LcpOptions:
         fresh: Draw new weights; else each branch begins with the base's weights of its channels.
         teach: Share of the loss that is the base's softened scores, not the labels; 0: labels.
         temperature: Of softening.
-        training: How each step is trained.
+        prune: Share of the channels of every layer that trained branches lose; they are then
+            trained on.
+        training: How each step is trained, and pruned branches at half the rate.
         validation_share: Of the held-out data, how much tells accuracies; the rest is trained on.
         cache: Where trainings are kept; None: nowhere.
         seed: Of everything random.
@@ -48,6 +50,7 @@ class LcpOptions:
     fresh: bool = False
     teach: float = 0.5
     temperature: float = 4.0
+    prune: float = 0.0
     training: TrainOptions = field(default_factory=TrainOptions)
     validation_share: float = 0.5
     cache: Path | None = None
@@ -67,6 +70,8 @@ class LcpOptions:
                 problems.append(f"{name} must not be negative, is {getattr(self, name)}")
         if not 0 <= self.teach <= 1:
             problems.append(f"teach must be in [0, 1], is {self.teach}")
+        if not 0 <= self.prune < 1:
+            problems.append(f"prune must be in [0, 1), is {self.prune}")
         if not self.temperature > 0:
             problems.append(f"temperature must be positive, is {self.temperature}")
         if not 0 < self.validation_share < 1:
