@@ -1,13 +1,15 @@
 """Which strategy a request takes: from bandwidth measured, through change points, to a choice.
 
 No threads, network or files. `ChangePoints` says when a sequence has begun to behave differently
-(Bayesian online change-point detection); `Chooser` turns bandwidths into a strategy of a table.
+(Bayesian online change-point detection); `Chooser` turns bandwidths into a strategy of a table;
+`Adapter` reads bandwidths off decisions, and picks the strategy of each request.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.protocol.adaptation import CostTable, configuration_map
+from agent.protocol.errors import ManifestError
+from agent.protocol.messages import Decision
+from agent.protocol.plan import Adaptation, Plan
 
 Reals = NDArray[np.float64]
 
@@ -196,6 +201,7 @@ class Chooser:
         self._ahead = np.linspace(_log(0.0), self._logs[-1], 2 * len(self.states))
         self._rewards = table.rewards(10.0**self._ahead, limit_ms)
         self._by = by
+        self._table = table
         first = self.states[len(self.states) // 2]
         first = _log(first if at_first_bits_per_s is None else at_first_bits_per_s)
         self._changes = ChangePoints(expected_run=expected_run, prior=Prior(mean=first))
@@ -219,6 +225,18 @@ class Chooser:
         before, self.choice = self.choice, self._best()
         return self.choice != before
 
+    def among(self, allowed: Sequence[int]) -> int:
+        """The choice where only some strategies can run.
+
+        Args:
+            allowed: Positions in the table, at least one.
+        """
+        if self.choice in allowed:
+            return self.choice
+        worth = self._changes.predict(self._ahead) @ self._rewards
+        latency = self._table.latency_ms(self.bits_per_s)
+        return min(allowed, key=lambda i: (-worth[i], latency[i]))
+
     def _best(self) -> int:
         nearest = int(self.map[self._nearest(self._changes.mean)])
         if self._by == "state":
@@ -228,6 +246,123 @@ class Chooser:
 
     def _nearest(self, log_bits_per_s: float) -> int:
         return int(np.abs(self._logs - log_bits_per_s).argmin())
+
+
+PROBE_BYTES = 1000
+"""A probe sends at least so much, if any strategy does: less would measure the latency alone."""
+PROBE_EVERY_S = 5.0
+"""How long a bandwidth that nothing measures is believed."""
+STATES = 64
+
+
+class Adapter:
+    """Picks the strategy of each request by what the decisions before it have measured.
+
+    Args:
+        plan: With an adaptation.
+        clock: Seconds that never go back.
+
+    Raises:
+        ManifestError: the plan has none.
+    """
+
+    def __init__(self, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
+        adaptation = plan.adaptation
+        if adaptation is None:
+            raise ManifestError("this plan has nothing to pick a strategy by")
+        self.limit_ms = adaptation.limit_ms
+        self._clock = clock
+        self._link_ms = adaptation.link_ms
+        self._table = cost_table(adaptation)
+        self._devices = [
+            frozenset(node.device for node in strategy.nodes) for strategy in plan.strategies
+        ]
+        states = bandwidth_states(
+            adaptation.lowest_bits_per_s, adaptation.highest_bits_per_s, STATES
+        )
+        self._chooser = Chooser(self._table, self.limit_ms, states)
+        self._measured_s = clock()
+
+    @property
+    def bits_per_s(self) -> float:
+        """The bandwidth as it seems to be."""
+        return self._chooser.bits_per_s
+
+    def pick(self, gone: Container[str] = ()) -> int:
+        """The strategy of the next request.
+
+        Args:
+            gone: Devices that are known not to be there. Where every strategy needs one of them,
+                they are taken to be there.
+        """
+        there = [i for i, names in enumerate(self._devices) if not any(x in gone for x in names)]
+        return self._chooser.among(there or range(len(self._devices)))
+
+    def alone(self, strategy: int, deadline_ms: float) -> tuple[int, float] | None:
+        """What to ask for instead of a strategy that stays silent, and when.
+
+        It is the most accurate strategy in which nothing is sent and which takes at most half of
+        the time; else the fastest such.
+
+        Args:
+            strategy: The one that was asked for.
+            deadline_ms: Of the request.
+
+        Returns:
+            The other strategy and how long to wait for the first, ms; None if nothing is sent in
+            it either, or if every strategy sends.
+        """
+        silent = [i for i, bits in enumerate(self._table.sent_bits) if bits == 0]
+        if strategy in silent or not silent:
+            return None
+        limit_ms = min(self.limit_ms, deadline_ms)
+        takes = self._table.compute_ms
+        quick = [i for i in silent if takes[i] <= limit_ms / 2]
+        if quick:
+            other = max(quick, key=lambda i: (self._table.accuracy[i], -takes[i]))
+        else:
+            other = min(silent, key=lambda i: float(takes[i]))
+        return other, max(0.0, limit_ms - 1.5 * float(takes[other]) - self._link_ms)
+
+    def decided(self, strategy: int, decision: Decision) -> None:
+        """A request was decided: what its messages took tells the bandwidth."""
+        if self._table.sent_bits[strategy] == 0 or decision.bytes_received == 0:
+            return
+        sending_ms = decision.latency.wire_ms - self._link_ms
+        self._observe(8e3 * decision.bytes_received / max(sending_ms, 1e-3))
+
+    def silent(self, strategy: int) -> None:
+        """A request was not decided in time: the link has carried less than that."""
+        if self._table.sent_bits[strategy] > 0:
+            self._observe(0.5e3 * float(self._table.sent_bits[strategy]) / self.limit_ms)
+
+    def probe(self) -> int | None:
+        """The strategy to measure with if nothing has been measured for long, else None."""
+        if self._clock() - self._measured_s < PROBE_EVERY_S:
+            return None
+        sent = self._table.sent_bits
+        sending = [i for i in range(len(sent)) if sent[i] > 0]
+        if not sending:
+            return None
+        self._measured_s = self._clock()
+        large = [i for i in sending if sent[i] >= 8 * PROBE_BYTES]
+        return min(large, key=lambda i: sent[i]) if large else max(sending, key=lambda i: sent[i])
+
+    def _observe(self, bits_per_s: float) -> None:
+        self._measured_s = self._clock()
+        self._chooser.observe(bits_per_s)
+
+
+def cost_table(adaptation: Adaptation) -> CostTable:
+    """The costs of a plan's strategies as arrays."""
+    costs = adaptation.costs
+    return CostTable(
+        compute_ms=np.array([cost.compute_ms for cost in costs]),
+        sent_bits=np.array([8.0 * cost.sent_bytes for cost in costs]),
+        messages=np.array([float(cost.messages) for cost in costs]),
+        accuracy=np.array([cost.accuracy for cost in costs]),
+        link_ms=adaptation.link_ms,
+    )
 
 
 def _log(bits_per_s: float) -> float:

@@ -8,10 +8,12 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.adapt import Adapter
 from agent.link import BrokerAddress, Fault, Link
 from agent.protocol.errors import DataError, DeviceUnreachable, WireError
 from agent.protocol.fleet import Fleet
@@ -48,10 +50,17 @@ class Pending:
             monotonic clock.
     """
 
-    def __init__(self, asker: Asker, request: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        asker: Asker,
+        request: str,
+        timeout_s: float,
+        instead: tuple[int, float] | None = None,
+    ) -> None:
         self.request = request
         self.sent_s = time.monotonic()
         self.decided_s: float | None = None
+        self._instead = instead
         self._asker = asker
         self._expires_s = self.sent_s + timeout_s
         self._timeout_s = timeout_s
@@ -88,10 +97,19 @@ class Pending:
         Raises:
             DeviceUnreachable: no decision came in that time; says who was to make it.
         """
+        if self._instead is not None:
+            patience_s = self.sent_s + self._instead[1] / 1e3 - time.monotonic()
+            if not self._decided.wait(max(0.0, patience_s)):
+                self._asker.ask_instead(self, too_slow=True)
         if not self._decided.wait(max(0.0, self._expires_s - time.monotonic())):
             raise self._asker.no_decision(self.request, self._timeout_s)
         assert self._decision is not None
         return self._decision
+
+    def take_instead(self) -> int | None:
+        """The strategy to ask for instead, once; None if there is none, or it was taken."""
+        instead, self._instead = self._instead, None
+        return None if instead is None else instead[0]
 
     def settle(self, decision: Decision) -> None:
         """Hand the decision over; called on the network thread."""
@@ -111,6 +129,7 @@ class Asker:
             `Pending.traffic`.
 
     Attributes:
+        adapter: Picks strategies, where the plan says what by.
         surplus: Decisions on requests of ours that had one already, whatever they say. After a
             broken connection the same one may come again: QoS 1 sends what was not acknowledged.
     """
@@ -131,6 +150,8 @@ class Asker:
         self._decided: OrderedDict[str, None] = OrderedDict()
         self._statuses: dict[str, Status] = {}
         self._failure: Fault | None = None
+        self.adapter = Adapter(manifest.plan) if manifest.plan.adaptation else None
+        self._asked: OrderedDict[str, _Asked] = OrderedDict()
         client_id = f"ask-{os.getpid()}-{self._boot:08x}"
         prepare_decisions()
         self._link = Link(address, client_id, on_fault=self._on_fault)
@@ -184,15 +205,19 @@ class Asker:
         *,
         sample: int | None = None,
         deadline_ms: float | None = None,
-        strategy: int = 0,
+        strategy: int | None = None,
     ) -> Pending:
         """Send a request and return at once.
+
+        Where the plan says what a strategy is picked by, that is done here, for each request. If
+        that one sends something and stays silent, or a device of it goes, one in which nothing is
+        sent is asked for as well, in time for it; whoever decides first, decides.
 
         Args:
             frame: Shape and dtype of the manifest's FrameSpec; None: every device reads its sensor.
             sample: Without a frame: which sample the sensors that are recordings shall take.
             deadline_ms: Time the fleet has; by default the fleet file's.
-            strategy: Index into the plan's strategies.
+            strategy: Index into the plan's strategies; None: picked, or the first.
 
         Raises:
             DataError: the frame has another shape or dtype.
@@ -201,22 +226,22 @@ class Asker:
         self._check(frame, sample)
         whole_ms = max(1, math.ceil(self.fleet.deadline_ms if deadline_ms is None else deadline_ms))
         with self._lock:
-            self._count += 1
-            number = self._boot << 32 | self._count & 0xFFFFFFFF
+            instead = None
+            if strategy is None and self.adapter is not None:
+                gone = [x for x, said in self._statuses.items() if said is not Status.ONLINE]
+                strategy = self.adapter.pick(gone)
+                instead = self.adapter.alone(strategy, whole_ms)
+            number = self._next_number()
             for name in [name for name, item in self._pending.items() if item.expired]:
                 del self._pending[name]
-            pending = Pending(self, f"{number:016x}", whole_ms / 1e3 + MARGIN_S)
+            pending = Pending(self, f"{number:016x}", whole_ms / 1e3 + MARGIN_S, instead)
             self._pending[pending.request] = pending
             if self._measured is not None:
                 self._measured[number] = pending.tally
                 if len(self._measured) > REMEMBERED_REQUESTS:
                     self._measured.popitem(last=False)
-        request = Request(Header(self._plan, number, self._boot, strategy), whole_ms, frame, sample)
-        payload = encode(request)
-        if self._measured is not None:
-            with self._lock:
-                pending.tally.add(None, request, len(payload))
-        if not self._link.publish(self._topics.request, payload):
+        asked = _Asked(strategy or 0, frame, sample, whole_ms, pending)
+        if not self._send(number, asked):
             with self._lock:
                 self._pending.pop(pending.request, None)
             if self._failure is not None:
@@ -228,17 +253,63 @@ class Asker:
             )
         return pending
 
+    def ask_instead(self, pending: Pending, *, too_slow: bool) -> None:
+        """Ask for a strategy in which nothing is sent as well, if the request has one.
+
+        It goes by a number of its own; the decision is that of the request all the same.
+
+        Args:
+            pending: The request.
+            too_slow: Its time is running out, which tells something of the link; else a device of
+                it is gone.
+        """
+        with self._lock:
+            strategy = None if pending.done else pending.take_instead()
+            first = self._asked.get(pending.request)
+            if strategy is None or first is None:
+                return
+            assert self.adapter is not None
+            if too_slow:
+                self.adapter.silent(first.strategy)
+            number = self._next_number()
+            self._pending[f"{number:016x}"] = pending
+        self._send(number, replace(first, strategy=strategy))
+
+    def _next_number(self) -> int:
+        """Of a request; with the lock held."""
+        self._count += 1
+        return self._boot << 32 | self._count & 0xFFFFFFFF
+
+    def _send(self, number: int, asked: _Asked) -> bool:
+        """Publish a request; False if there is no connection."""
+        header = Header(self._plan, number, self._boot, asked.strategy)
+        request = Request(header, asked.deadline_ms, asked.frame, asked.sample)
+        payload = encode(request)
+        with self._lock:
+            if self.adapter is not None:
+                self._asked[f"{number:016x}"] = asked
+                if len(self._asked) > REMEMBERED_REQUESTS:
+                    self._asked.popitem(last=False)
+            if self._measured is not None and asked.pending is not None:
+                asked.pending.tally.add(None, request, len(payload))
+        return self._link.publish(self._topics.request, payload)
+
     def ask(
         self,
         frame: NDArray[np.generic] | None,
         *,
         sample: int | None = None,
         deadline_ms: float | None = None,
-        strategy: int = 0,
+        strategy: int | None = None,
     ) -> Decision:
         """Send a request and wait for its decision. Raises as `submit` and `Pending.result`."""
         pending = self.submit(frame, sample=sample, deadline_ms=deadline_ms, strategy=strategy)
         return pending.result()
+
+    def statuses(self) -> dict[str, Status]:
+        """What the devices that may decide have last said of themselves."""
+        with self._lock:
+            return dict(self._statuses)
 
     def traffic_of(self, pending: Pending) -> tuple[Traffic, ...]:
         """See `Pending.traffic`."""
@@ -265,6 +336,9 @@ class Asker:
             for node in strategy.nodes
             if any(x.tier == node.tier for x in strategy.exits)
         }
+
+    def _needs(self, strategy: int, device: str) -> bool:
+        return any(x.device == device for x in self.manifest.plan.strategies[strategy].nodes)
 
     def _aggregator(self, strategy: int) -> str:
         return self.manifest.plan.strategies[strategy].aggregator.device
@@ -302,6 +376,15 @@ class Asker:
             with self._changed:
                 self._statuses[device] = status
                 self._changed.notify_all()
+                held = []
+                if status is not Status.ONLINE and self.adapter is not None:
+                    held = [
+                        pending
+                        for name, pending in self._pending.items()
+                        if (asked := self._asked.get(name)) and self._needs(asked.strategy, device)
+                    ]
+            for pending in held:
+                self.ask_instead(pending, too_slow=False)
 
     def _on_traffic(self, topic: str, payload: bytes) -> None:
         try:
@@ -330,8 +413,37 @@ class Asker:
             self._decided[decision.request] = None
             if len(self._decided) > REMEMBERED_REQUESTS:
                 self._decided.popitem(last=False)
+            for name in [name for name, item in self._pending.items() if item is pending]:
+                del self._pending[name]
         if pending is not None:
             pending.settle(decision)
+        if self.adapter is not None:
+            self._adapt(decision)
+
+    def _adapt(self, decision: Decision) -> None:
+        """Learn the bandwidth from a decision; if none has told it for long, send a probe."""
+        assert self.adapter is not None
+        with self._lock:
+            asked = self._asked.pop(decision.request, None)
+            if asked is None:
+                return
+            self.adapter.decided(asked.strategy, decision)
+            strategy = None if asked.pending is None else self.adapter.probe()
+            if strategy is None:
+                return
+            number = self._next_number()
+        self._send(number, replace(asked, strategy=strategy, pending=None))
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A request as it was sent; `pending` is None for a probe, whose decision nobody waits for."""
+
+    strategy: int
+    frame: NDArray[np.generic] | None
+    sample: int | None
+    deadline_ms: int
+    pending: Pending | None
 
 
 def ask(

@@ -1,0 +1,90 @@
+"""Which few of all ways a fleet gets: those that fit, and together serve the bandwidths best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.protocol.adaptation import CostTable
+from agent.protocol.errors import PlanDoesNotFit
+
+SHORTER = (0.25, 0.5, 1.0)
+"""Shares of the latency required for which accuracy counts."""
+Sizes = Mapping[tuple[str, str], int]
+"""(device, piece) -> bytes, of all that one way needs."""
+
+
+def cover(
+    table: CostTable,
+    states: NDArray[np.float64],
+    limit_ms: float,
+    sizes: Sequence[Sizes],
+    budgets: Mapping[str, int],
+    *,
+    count: int,
+) -> list[int]:
+    """Choose ways one by one, each time the one that adds most over the bandwidths.
+
+    What counts is the reward (as a share of the best there), and as much the accuracy that is
+    reached in time, for the latency required and for shorter ones: so that the device alone has a
+    late exit too.
+
+    The first is the one in which nothing is sent that is worth most alone: whatever happens to the
+    link, the device can answer. A piece that several ways share takes room once.
+
+    Args:
+        table: Of all ways.
+        states: (B,) bits/s, each counts the same.
+        limit_ms: The latency required.
+        sizes: Of each way.
+        budgets: Bytes by device.
+        count: Most ways.
+
+    Returns:
+        Positions in the table, ascending.
+
+    Raises:
+        PlanDoesNotFit: no way without sending fits its device.
+    """
+    latencies = table.latency_ms(states)
+    rewards = table.rewards(states, limit_ms)
+    shares = rewards / np.maximum(rewards.max(axis=1, keepdims=True), 1e-9)
+    in_time = [table.accuracy * (latencies <= share * limit_ms) for share in SHORTER]
+    worth = np.concatenate([shares, np.concatenate(in_time) / len(SHORTER)])
+    latency = latencies.mean(axis=0)
+    chosen: list[int] = []
+    held: dict[tuple[str, str], int] = {}
+
+    def fits(way: int) -> bool:
+        together = {**held, **sizes[way]}
+        used: dict[str, int] = {}
+        for (device, _), size in together.items():
+            used[device] = used.get(device, 0) + size
+        return all(used[device] <= budgets[device] for device in used)
+
+    silent = [int(i) for i in np.flatnonzero(table.sent_bits == 0)]
+    alone = [i for i in silent if fits(i)]
+    if not alone:
+        smallest = min((sum(sizes[i].values()) for i in silent), default=0)
+        raise PlanDoesNotFit(
+            f"no exit fits the device whole: the smallest needs {smallest} B of weights",
+            "attach an earlier exit (--exit-share 0.1), or give the device more memory",
+        )
+    best = np.full(len(worth), -1.0)
+    while len(chosen) < count:
+        candidates = [
+            i for i in (range(len(table)) if chosen else alone) if i not in chosen and fits(i)
+        ]
+        if not candidates:
+            break
+        gains = [float(np.maximum(worth[:, i] - best, 0).mean()) for i in candidates]
+        if chosen and max(gains) <= 1e-9:
+            break
+        order = sorted(range(len(candidates)), key=lambda j: (-gains[j], latency[candidates[j]]))
+        way = candidates[order[0]]
+        chosen.append(way)
+        held.update(sizes[way])
+        best = np.maximum(best, worth[:, way])
+    return sorted(chosen)

@@ -1,0 +1,418 @@
+"""Edgent as a method: exits, ways to cut them, the few that serve best, as a plan to pick from."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.protocol.errors import DataError
+from agent.protocol.fleet import Device, Fleet
+from agent.protocol.manifest import Figure
+from agent.protocol.plan import (
+    FRAME,
+    Adaptation,
+    Exit,
+    Fusion,
+    Node,
+    Output,
+    Piece,
+    Plan,
+    Strategy,
+    StrategyCost,
+)
+from exporter.data import DataSet
+from exporter.graph import layer_graph
+from exporter.methods.branches import feature_message_bytes
+from exporter.methods.edgent.cover import cover
+from exporter.methods.edgent.exits import (
+    add_exits,
+    exit_logits,
+    part,
+    places_by_macs,
+    train_exits,
+)
+from exporter.methods.edgent.layers import Chain, chains
+from exporter.methods.edgent.options import EdgentOptions
+from exporter.methods.edgent.profile import DEMONSTRATION, LatencyProfile
+from exporter.methods.edgent.search import Direction, Way, cost_table, ways
+from exporter.methods.face import Design, Progress, RunPiece, Settled, TrainedPiece
+from exporter.quantize import CALIBRATION_SAMPLES
+from exporter.quantize.native_stderr import start_tensorflow
+from exporter.surgery import without_softmax
+from exporter.training import Checkpoint
+
+if TYPE_CHECKING:
+    import keras
+
+Floats = NDArray[np.float32]
+STATES = 64
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece on one device, in the order of a strategy.
+
+    Attributes:
+        piece: Its name.
+        behind: Layer behind which it begins; None: at the frame.
+        until: Layer whose output it gives; None: it hands the frame on.
+    """
+
+    device: str
+    piece: str
+    behind: str | None
+    until: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Facts:
+    """What `design` hands to `settle`."""
+
+    ways: tuple[Way, ...]
+    stages: tuple[tuple[Stage, ...], ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    link_ms: float
+    limit_ms: float
+    measured_profile: bool
+
+
+class Edgent:
+    """Edgent (Li et al. 2020), as `exporter.methods.face.Method`."""
+
+    def design(
+        self,
+        base: keras.Model,
+        data: DataSet,
+        fleet: Fleet,
+        options: EdgentOptions,
+        progress: Progress,
+    ) -> Design:
+        """Attach and train exits, reckon every way, and make the pieces of the best few.
+
+        Raises:
+            PlanDoesNotFit: not even the earliest exit fits the device.
+            ShoalError: a fleet that is not one device and one server, a model that cannot be cut.
+        """
+        start_tensorflow()
+        import keras
+
+        device, server = roles(fleet)
+        keras.utils.set_random_seed(options.seed)
+        base = without_softmax(base)
+        graph = layer_graph(base)
+        branchy = add_exits(base, options.exits or places_by_macs(graph, options.shares))
+        checkpoint = None if options.cache is None else Checkpoint(options.cache / "edgent")
+        train_exits(
+            branchy,
+            data,
+            options.training,
+            weights=options.weights,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        held = data.inputs(data.held_out.frames)
+        accuracies = (exit_logits(branchy, held).argmax(-1) == data.held_out.labels).mean(axis=1)
+        found_chains = chains(layer_graph(branchy))
+        device_profile, server_profile = profiles_of(device, server, options)
+        link = fleet.link_of(device)
+        found = ways(
+            found_chains,
+            list(map(float, accuracies)),
+            device_profile,
+            server_profile,
+            directions=options.directions,
+        )
+        limit_ms = fleet.deadline_ms if options.limit_ms is None else options.limit_ms
+        table = cost_table(found, link.latency_ms)
+        states = np.geomspace(options.lowest_bits_per_s, options.highest_bits_per_s, STATES)
+        stages = [stages_of(way, found_chains[way.exit - 1], device.id, server.id) for way in found]
+        chosen = cover(
+            table,
+            states,
+            limit_ms,
+            [
+                _sizes(row, found_chains[way.exit - 1])
+                for way, row in zip(found, stages, strict=True)
+            ],
+            {device.id: device.memory_bytes, server.id: server.memory_bytes},
+            count=options.strategies,
+        )
+        kept = tuple(stages[i] for i in chosen)
+        pieces, shapes = _pieces(branchy, kept, data)
+        facts = _Facts(
+            ways=tuple(found[i] for i in chosen),
+            stages=kept,
+            shapes=shapes,
+            link_ms=link.latency_ms,
+            limit_ms=limit_ms,
+            measured_profile=device_profile.source == server_profile.source == "measured",
+        )
+        return Design(pieces=pieces, facts=facts)
+
+    def settle(
+        self, design: Design, data: DataSet, fleet: Fleet, options: EdgentOptions, run: RunPiece
+    ) -> Settled:
+        """Measure each strategy's accuracy on its exported pieces, and make the plan."""
+        facts: _Facts = design.facts
+        held = _accuracies(facts, data.inputs(data.held_out.frames), data.held_out.labels, run)
+        tested = _accuracies(facts, data.inputs(data.test.frames), data.test.labels, run)
+        costs = tuple(
+            StrategyCost(
+                compute_ms=way.device_ms + way.server_ms,
+                sent_bytes=_sent_bytes(row, facts.shapes),
+                messages=_messages(row),
+                accuracy=accuracy,
+            )
+            for way, row, accuracy in zip(facts.ways, facts.stages, held, strict=True)
+        )
+        names = strategy_names(facts.ways)
+        plan = Plan(
+            method="edgent",
+            classes=data.classes,
+            pieces=_planned(facts.stages),
+            strategies=tuple(
+                _strategy(name, row) for name, row in zip(names, facts.stages, strict=True)
+            ),
+            adaptation=Adaptation(
+                limit_ms=facts.limit_ms,
+                link_ms=facts.link_ms,
+                lowest_bits_per_s=options.lowest_bits_per_s,
+                highest_bits_per_s=options.highest_bits_per_s,
+                costs=costs,
+            ),
+        )
+        rows = [
+            [name, str(way), f"{cost.compute_ms:.2f} ms", f"{cost.sent_bytes:,} B", _percent(share)]
+            for name, way, cost, share in zip(names, facts.ways, costs, tested, strict=True)
+        ]
+        origin = "measured profiles" if facts.measured_profile else "the paper's coefficients"
+        sections = [
+            {
+                "title": "Strategies",
+                "text": f"One is picked for each request. Computing by {origin}, estimated; "
+                "accuracy of the exported pieces on test data.",
+                "head": ["strategy", "what runs where", "computing", "sent", "accuracy"],
+                "rows": rows,
+            }
+        ]
+        figures = {
+            "accuracy_fleet": Figure(
+                value=max(tested),
+                unit="share",
+                origin="measured",
+                note="exported pieces of the most accurate strategy, test data",
+            ),
+            "accuracy_alone": Figure(
+                value=max(
+                    share for share, row in zip(tested, facts.stages, strict=True) if len(row) == 1
+                ),
+                unit="share",
+                origin="measured",
+                note="exported pieces of the most accurate strategy that needs no link, test data",
+            ),
+        }
+        return Settled(plan=plan, pieces=(), figures=figures, report={"sections": sections})
+
+
+def roles(fleet: Fleet) -> tuple[Device, Device]:
+    """The device that sees the frame, and the server.
+
+    Raises:
+        DataError: the fleet has not exactly one device of tier `device`; the aggregator above it
+            is the server.
+    """
+    workers = fleet.workers
+    if len(workers) != 1:
+        raise DataError(
+            "edgent divides a network between one device and one server: the fleet has "
+            f"{len(workers)} devices on tier 'device' ({', '.join(x.id for x in workers)})",
+            "leave one of them there, and make the server the aggregator",
+        )
+    return workers[0], fleet.device(fleet.aggregator)
+
+
+def profiles_of(
+    device: Device, server: Device, options: EdgentOptions
+) -> tuple[LatencyProfile, LatencyProfile]:
+    """Latencies of both; the paper's where no profiles are given.
+
+    Raises:
+        DataError: profiles are given, but not of a kind of device that the fleet has.
+    """
+    if options.profiles is None:
+        return DEMONSTRATION.of("paper-device"), DEMONSTRATION.of("paper-server")
+    return options.profiles.of(device.kind.value), options.profiles.of(server.kind.value)
+
+
+def stages_of(way: Way, chain: Chain, device: str, server: str) -> tuple[Stage, ...]:
+    """The pieces of one way, in the order in which they run."""
+    exit_layer, number = chain.exit, f"e{way.exit}"
+    if way.device_only:
+        return (Stage(device, f"device-{number}", None, exit_layer),)
+    frame = Stage(device, "send-frame", None, None)
+    if way.server_only:
+        return (frame, Stage(server, f"server-{number}", None, exit_layer))
+    cut = chain.layers[way.point - 2].name
+    # The same front of two exits is one piece: it is called by its cut.
+    tag = re.sub(r"[^A-Za-z0-9_.-]", "_", cut)
+    if len(tag) > 36:
+        tag = f"{tag[:27]}-{zlib.crc32(cut.encode()):08x}"
+    if way.direction is Direction.DEVICE_FIRST:
+        return (
+            Stage(device, f"front-{tag}", None, cut),
+            Stage(server, f"rest-{tag}-{number}", cut, exit_layer),
+        )
+    return (
+        frame,
+        Stage(server, f"begin-{tag}", None, cut),
+        Stage(device, f"end-{tag}-{number}", cut, exit_layer),
+    )
+
+
+def strategy_names(found: Sequence[Way]) -> list[str]:
+    """A name for each way: e2-device, e5-server, e5-device-then-server-4."""
+    names = []
+    for way in found:
+        if way.device_only:
+            where = "device"
+        elif way.server_only:
+            where = "server"
+        else:
+            where = f"{way.direction.value.replace('_', '-')}-{way.point - 1}"
+        names.append(f"e{way.exit}-{where}")
+    return names
+
+
+def _sizes(row: Sequence[Stage], chain: Chain) -> dict[tuple[str, str], int]:
+    """Weights of each piece in bytes as int8, of biases four."""
+    position = {work.name: i for i, work in enumerate(chain.layers)}
+    sizes = {}
+    for stage in row:
+        begin = 0 if stage.behind is None else position[stage.behind] + 1
+        end = 0 if stage.until is None else position[stage.until] + 1
+        sizes[stage.device, stage.piece] = int(sum(w.features[5] for w in chain.layers[begin:end]))
+    return sizes
+
+
+def _pieces(
+    branchy: keras.Model, rows: Sequence[Sequence[Stage]], data: DataSet
+) -> tuple[tuple[TrainedPiece, ...], dict[str, tuple[int, ...]]]:
+    """The models of all stages, each piece once, and the shapes of what they give."""
+    held = data.held_out.frames
+    count = min(len(held), CALIBRATION_SAMPLES)
+    frames = data.inputs(held[np.arange(count) * len(held) // count])
+    pieces: dict[str, TrainedPiece] = {}
+    given: dict[str, Floats] = {}
+    for row in rows:
+        takes = frames
+        for i, stage in enumerate(row):
+            if stage.piece not in pieces:
+                model = _model(branchy, stage, flat=i > 0 and stage.behind is None)
+                last = i == len(row) - 1
+                given[stage.piece] = np.asarray(model.predict(takes, verbose=0), np.float32)
+                shape = given[stage.piece].shape[1:]
+                pieces[stage.piece] = TrainedPiece(
+                    name=stage.piece,
+                    device=stage.device,
+                    model=model,
+                    calibration=takes,
+                    message_bytes=0 if last else feature_message_bytes(shape),
+                    about=_about(stage),
+                    features=not last,
+                )
+            takes = given[stage.piece]
+    return tuple(pieces.values()), {name: values.shape[1:] for name, values in given.items()}
+
+
+def _model(branchy: keras.Model, stage: Stage, *, flat: bool) -> keras.Model:
+    """The Keras model of a stage; `flat`: it takes the frame as `send-frame` sends it."""
+    import keras
+
+    shape = tuple(branchy.input_shape[1:])
+    size = int(np.prod(shape))
+    if stage.until is None:
+        inputs = keras.Input(shape, name="image")
+        outputs = keras.layers.Reshape((size, 1, 1), name="sent")(inputs)
+        return keras.Model(inputs, outputs, name=stage.piece)
+    whole = part(branchy, stage.behind, [stage.until], name=stage.piece)
+    if not flat:
+        return whole
+    inputs = keras.Input((size, 1, 1), name="sent_frame")
+    outputs = whole(keras.layers.Reshape(shape, name="received")(inputs))
+    return keras.Model(inputs, outputs, name=stage.piece)
+
+
+def _about(stage: Stage) -> str:
+    if stage.until is None:
+        return "sends the frame"
+    return f"from {stage.behind or 'the frame'} to {stage.until}"
+
+
+def _accuracies(
+    facts: _Facts, inputs: Floats, labels: NDArray[np.int64], run: RunPiece
+) -> list[float]:
+    """Of each strategy, its exported pieces one after the other."""
+    said: dict[tuple[str, ...], Floats] = {}
+    accuracies = []
+    for row in facts.stages:
+        values = inputs
+        done: tuple[str, ...] = ()
+        for stage in row:
+            done = (*done, stage.piece)
+            if done not in said:
+                said[done] = run(stage.piece, values)
+            values = said[done]
+        accuracies.append(float(np.mean(values.argmax(axis=1) == labels)))
+    return accuracies
+
+
+def _sent_bytes(row: Sequence[Stage], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(feature_message_bytes(shapes[stage.piece]) for stage in row[:-1])
+
+
+def _messages(row: Sequence[Stage]) -> int:
+    """What crosses between device and server, a server's decision included."""
+    return len(row) - 1 + (len(row) == 2)
+
+
+def _planned(rows: Sequence[Sequence[Stage]]) -> tuple[Piece, ...]:
+    pieces: dict[str, Piece] = {}
+    for row in rows:
+        for i, stage in enumerate(row):
+            heard = FRAME if i == 0 else row[i - 1].piece
+            last = i == len(row) - 1
+            pieces.setdefault(
+                stage.piece,
+                Piece(
+                    name=stage.piece,
+                    inputs=(heard,),
+                    outputs=(Output.SCORES if last else Output.FEATURES,),
+                ),
+            )
+    return tuple(pieces.values())
+
+
+def _strategy(name: str, row: Sequence[Stage]) -> Strategy:
+    nodes = tuple(
+        Node(
+            name=f"{stage.device}-{i}",
+            device=stage.device,
+            tier=i,
+            piece=stage.piece,
+            listens_to=() if i == 0 else (f"{row[i - 1].device}-{i - 1}",),
+            fusion=None if i == 0 else Fusion.CONCAT,
+            takes=None if i == 0 else "features",
+        )
+        for i, stage in enumerate(row)
+    )
+    return Strategy(name=name, nodes=nodes, exits=(Exit(tier=len(row) - 1, threshold=1.0),))
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.2f} %"

@@ -1,0 +1,268 @@
+"""Edgent from model to fleet: strategies that are picked by what is measured, and a lost server."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from conftest import Mosquitto
+from support import eventually
+from test_adapt import table
+
+from agent.ask import Asker
+from agent.device import RunningDevice
+from agent.link import BrokerAddress
+from agent.protocol.errors import DataError, PlanDoesNotFit
+from agent.protocol.fleet import load_fleet
+from agent.protocol.manifest import Manifest, read_manifest
+from agent.protocol.plan import Output
+from exporter import pipeline
+from exporter.data import DataSet, load_data
+from exporter.methods.edgent.cover import cover
+from exporter.methods.edgent.method import roles
+from exporter.methods.edgent.options import EdgentOptions
+from exporter.methods.edgent.profile import LatencyProfile, LatencyProfiles, LayerModel
+from exporter.training import TrainOptions
+
+FLEET = """shoal: 1
+fleet: pair
+aggregator: server
+deadline: 400 ms
+link: {rate: 1 Mbit/s, latency: 1 ms}
+devices:
+  - {id: eye, kind: pi-4}
+  - {id: server, kind: pc, tier: cloud}
+"""
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def profile(kind: str, per_mac_ms: float) -> LatencyProfile:
+    """So slow that cutting pays: the digits network has some 40 000 MACs."""
+    kinds = ("conv", "fc", "pool", "relu", "norm", "reshape")
+    return LatencyProfile(
+        device_kind=kind,
+        source="measured",
+        fused=True,
+        layers=tuple(
+            LayerModel(kind=x, terms=("macs",), coefficients_ms=(per_mac_ms,), intercept_ms=0.05)
+            for x in kinds
+        ),
+    )
+
+
+PROFILES = LatencyProfiles(profiles=(profile("pi-4", 1e-3), profile("pc", 2e-5)))
+OPTIONS = EdgentOptions(
+    exits=("pool1", "conv2"),
+    training=TrainOptions(epochs=8, batch=32, rate=4e-3),
+    profiles=PROFILES,
+    lowest_bits_per_s=1e4,
+    highest_bits_per_s=1e8,
+    strategies=7,
+)
+
+
+def network() -> keras.Model:
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1), name="image"),
+            keras.layers.Conv2D(8, 3, padding="same", activation="relu", name="conv1"),
+            keras.layers.MaxPooling2D(2, name="pool1"),
+            keras.layers.Conv2D(16, 3, padding="same", activation="relu", name="conv2"),
+            keras.layers.Flatten(name="flatten"),
+            keras.layers.Dense(10, activation="softmax", name="classes"),
+        ],
+        name="digits_net",
+    )
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSet:
+    return load_data("digits")
+
+
+@pytest.fixture(scope="module")
+def model(data: DataSet, tmp_path_factory) -> Path:
+    keras.utils.set_random_seed(0)
+    built = network()
+    built.compile("adam", "sparse_categorical_crossentropy")
+    built.fit(data.inputs(data.train.frames), data.train.labels, epochs=6, verbose=0)
+    folder = tmp_path_factory.mktemp("edgent")
+    built.save(folder / "net.keras")
+    (folder / "fleet.yaml").write_text(FLEET)
+    return folder / "net.keras"
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Path) -> Path:
+    out = model.parent / "bundle"
+    pipeline.export(
+        model,
+        "digits",
+        model.parent / "fleet.yaml",
+        out,
+        method="edgent",
+        options=OPTIONS,
+        progress=quiet,
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return read_manifest(bundle)
+
+
+def test_plan_holds_a_table_of_strategies_with_their_costs(manifest: Manifest) -> None:
+    plan = manifest.plan
+
+    assert plan.adaptation is not None
+    assert plan.adaptation.limit_ms == 400
+    assert 3 <= len(plan.strategies) == len(plan.adaptation.costs) <= 7
+    sent = [cost.sent_bytes for cost in plan.adaptation.costs]
+    assert 0 in sent and max(sent) > 0
+    alone = [len(x.nodes) for x, bytes_ in zip(plan.strategies, sent, strict=True) if not bytes_]
+    assert set(alone) == {1}
+    assert {x.device for strategy in plan.strategies for x in strategy.nodes} == {"eye", "server"}
+
+
+def test_intermediate_tensors_cross_as_int8(manifest: Manifest) -> None:
+    crossing = [x for x in manifest.plan.pieces if Output.FEATURES in x.outputs]
+
+    assert crossing
+    for piece in crossing:
+        spec = manifest.entry(piece.name).tensor(Output.FEATURES)
+        assert spec.dtype == "int8"
+
+
+def test_exported_strategies_are_as_good_as_the_manifest_says(manifest: Manifest) -> None:
+    assert manifest.figures["accuracy_fleet"].value > 0.85
+    assert manifest.figures["accuracy_alone"].value > 0.6
+    assert manifest.plan.adaptation is not None
+    best = max(cost.accuracy for cost in manifest.plan.adaptation.costs)
+    assert best == pytest.approx(manifest.figures["accuracy_fleet"].value, abs=0.06)
+
+
+@pytest.fixture
+def fleet(
+    bundle: Path, manifest: Manifest, mosquitto: Mosquitto
+) -> Iterator[tuple[Asker, dict[str, RunningDevice]]]:
+    with mosquitto.start() as broker:
+        address = BrokerAddress(broker.host, broker.port)
+        devices = {
+            name: RunningDevice(bundle, name, address, stop=threading.Event())
+            for name in ("eye", "server")
+        }
+        for device in devices.values():
+            device.start()
+        with Asker(manifest, load_fleet(bundle / "fleet.yaml"), address) as asker:
+            assert eventually(lambda: len(asker.statuses()) == 2)
+            yield asker, devices
+        for device in devices.values():
+            device.close()
+
+
+@pytest.mark.broker
+def test_every_strategy_decides_what_its_pieces_say(fleet, manifest, data) -> None:
+    asker, _ = fleet
+    frames, labels = data.test.frames[:20], data.test.labels[:20]
+    assert manifest.plan.adaptation is not None
+
+    for index, cost in enumerate(manifest.plan.adaptation.costs):
+        said = [asker.ask(frame, strategy=index) for frame in frames]
+
+        assert {x.strategy for x in said} == {manifest.plan.strategies[index].name}
+        right = np.mean([x.label == data.classes[y] for x, y in zip(said, labels, strict=True)])
+        assert right >= cost.accuracy - 0.25
+
+
+@pytest.mark.broker
+def test_requests_without_a_strategy_take_what_the_link_allows(fleet, manifest, data) -> None:
+    asker, _ = fleet
+    adapter = asker.adapter
+    assert adapter is not None and manifest.plan.adaptation is not None
+    costs = manifest.plan.adaptation.costs
+
+    for frame in data.test.frames[:10]:
+        asker.ask(frame)
+    fast = adapter.pick()
+    for _ in range(30):
+        adapter.silent(fast)
+
+    assert adapter.bits_per_s < 1e6
+    assert costs[fast].sent_bytes > 0
+    assert costs[adapter.pick()].sent_bytes < costs[fast].sent_bytes
+
+
+@pytest.mark.broker
+def test_server_that_goes_costs_no_request(fleet, manifest, data) -> None:
+    asker, devices = fleet
+    sends = [i for i, c in enumerate(manifest.plan.adaptation.costs) if c.sent_bytes]
+
+    before = [asker.ask(frame) for frame in data.test.frames[:5]]
+    devices["server"].close()
+    after = [asker.ask(frame) for frame in data.test.frames[:5]]
+
+    names = [x.name for x in manifest.plan.strategies]
+    assert all(names.index(x.strategy) in sends for x in before[1:])
+    assert not any(names.index(x.strategy) in sends for x in after)
+    assert all(x.best_guess is not None for x in after)
+
+
+@pytest.mark.broker
+def test_a_silent_server_is_answered_for_in_time(fleet, manifest, data, monkeypatch) -> None:
+    asker, devices = fleet
+    asker.ask(data.test.frames[0])
+    # It hears everything and says nothing, as over a link that has stopped.
+    monkeypatch.setattr(devices["server"], "_perform", lambda effects: None)
+
+    pending = asker.submit(data.test.frames[1])
+    decision = pending.result()
+
+    names = [x.name for x in manifest.plan.strategies]
+    assert manifest.plan.adaptation is not None
+    assert manifest.plan.adaptation.costs[names.index(decision.strategy)].sent_bytes == 0
+    assert pending.round_trip_ms < 400
+
+
+def test_a_fleet_of_other_roles_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(FLEET + "  - {id: ear, kind: pi-3}\n")
+
+    with pytest.raises(DataError, match=r"has 2 devices .* \(eye, ear\)"):
+        roles(load_fleet(path))
+
+
+COSTS = table((50.0, 0.0, 0.6), (200.0, 0.0, 0.9), (10.0, 1e5, 0.9), (20.0, 5e4, 0.7))
+STATES = np.geomspace(1e4, 1e8, 20)
+SIZES = [{("d", "a"): 10}, {("d", "b"): 90}, {("s", "c"): 50}, {("s", "e"): 60}]
+
+
+def test_cover_takes_what_serves_the_bandwidths_best_and_always_one_without_a_link() -> None:
+    assert cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 100}, count=1) == [0]
+    assert cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 100}, count=2) == [0, 2]
+    assert cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 110}, count=4) == [0, 1, 2, 3]
+
+
+def test_cover_keeps_to_budgets_and_counts_a_shared_piece_once() -> None:
+    assert cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 40}, count=4) == [0, 1]
+    assert cover(COSTS, STATES, 1e3, SIZES, {"d": 99, "s": 109}, count=4) == [0, 2]
+    shared = [SIZES[0], SIZES[1], {("s", "c"): 50}, {("s", "c"): 50}]
+    assert cover(COSTS, STATES, 1e3, shared, {"d": 10, "s": 50}, count=4) == [0, 2, 3]
+    with pytest.raises(PlanDoesNotFit, match="smallest needs 10 B"):
+        cover(COSTS, STATES, 1e3, SIZES, {"d": 5, "s": 100}, count=4)
+
+
+def test_options_say_everything_that_is_wrong() -> None:
+    with pytest.raises(DataError, match=r"latency required(.|\n)*ascend(.|\n)*at least 1"):
+        EdgentOptions(limit_ms=0, lowest_bits_per_s=2, highest_bits_per_s=1, strategies=0)
