@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-METHOD_NAMES = ("snn", "ddnn", "lcp", "layerwise")
+METHOD_NAMES = ("snn", "ddnn", "lcp", "nonn", "layerwise")
 
 
 def _inputs(command: F) -> F:
@@ -161,13 +161,13 @@ def _ddnn_inputs(command: F) -> F:
         click.option(
             "--epochs",
             type=click.IntRange(1),
-            help="ddnn, lcp: passes over the training data. Default: 100, 30.",
+            help="ddnn, lcp, nonn: passes over the training data. Default: 100, 30, 60.",
         ),
         click.option(
             "--device-dropout",
             type=click.FloatRange(0, 1, max_open=True),
-            help="ddnn, lcp: chance that training does without a device, so that a loss is nothing "
-            "new. Default: 0.2, 0.",
+            help="ddnn, lcp, nonn: chance that training does without a device, so that a loss is "
+            "nothing new. Default: 0.2, 0, 0.2.",
         ),
         click.option(
             "--exits",
@@ -254,9 +254,58 @@ def _lcp_inputs(command: F) -> F:
             show_default=True,
             metavar="PIXELS",
             type=click.IntRange(0),
-            help="lcp: shift training images by up to so many pixels.",
+            help="lcp, nonn: shift training images by up to so many pixels.",
         ),
-        click.option("--flip", is_flag=True, help="lcp: mirror half of the training images."),
+        click.option("--flip", is_flag=True, help="lcp, nonn: mirror half of the training images."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _nonn_inputs(command: F) -> F:
+    """The options of `--method nonn` alone."""
+    options = [
+        click.option(
+            "--students",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "wrn10", "wrn16", "wrn22", "dense"]),
+            help="nonn: what students are: wide residual networks of so many layers, or dense "
+            "ones; wrn16 for images.",
+        ),
+        click.option(
+            "--ratio",
+            default=10.0,
+            show_default=True,
+            type=click.FloatRange(0, min_open=True),
+            help="nonn: the model has at least so many times the parameters of a student.",
+        ),
+        click.option(
+            "--max-macs",
+            type=click.FloatRange(0, min_open=True),
+            help="nonn: the most multiply-accumulates of one student.",
+        ),
+        click.option(
+            "--max-energy",
+            type=click.FloatRange(0, min_open=True),
+            metavar="MJ",
+            help="nonn: the most energy of one student's inference, estimated.",
+        ),
+        click.option(
+            "--beta",
+            default=100.0,
+            show_default=True,
+            type=click.FloatRange(0),
+            help="nonn: how much the model's activations count beside its answers (paper: 10000).",
+        ),
+        click.option(
+            "--rate",
+            default=2e-3,
+            show_default=True,
+            type=click.FloatRange(0, min_open=True),
+            help="nonn: peak learning rate.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -274,6 +323,7 @@ _DATA_HELP = (
 @_inputs
 @_ddnn_inputs
 @_lcp_inputs
+@_nonn_inputs
 def plan(
     model: Path | None, data: str, fleet: Path, method: str, as_json: bool, **chosen: Any
 ) -> None:
@@ -335,6 +385,7 @@ def plan(
 @_inputs
 @_ddnn_inputs
 @_lcp_inputs
+@_nonn_inputs
 @click.option(
     "-o",
     "--out",
@@ -587,6 +638,7 @@ def _method_options(method: str, chosen: dict[str, Any]) -> Any:
         "snn": _options,
         "ddnn": _ddnn_options,
         "lcp": _lcp_options,
+        "nonn": _nonn_options,
         "layerwise": _layerwise_options,
     }
     return options[method](chosen)
@@ -640,6 +692,39 @@ def _lcp_options(chosen: dict[str, Any]) -> Any:
             part_dropout=chosen["device_dropout"] or 0.0,
             seed=chosen["seed"],
         ),
+        cache=chosen["cache"],
+        seed=chosen["seed"],
+    )
+
+
+def _nonn_options(chosen: dict[str, Any]) -> Any:
+    from exporter.methods.nonn.communities import CommunityOptions
+    from exporter.methods.nonn.loss import LossOptions
+    from exporter.methods.nonn.options import NonnOptions
+    from exporter.methods.nonn.students import Builder, dense_builder, wide_builder
+    from exporter.training import TrainOptions
+
+    kind = chosen["students"]
+    if kind.startswith("wrn"):
+        builder: Builder | None = wide_builder(int(kind.removeprefix("wrn")))
+    else:
+        builder = dense_builder if kind == "dense" else None
+    dropout = chosen["device_dropout"]
+    return NonnOptions(
+        communities=CommunityOptions(seed=chosen["seed"]),
+        loss=LossOptions(beta=chosen["beta"]),
+        training=TrainOptions(
+            epochs=chosen["epochs"] or 60,
+            rate=chosen["rate"],
+            crop_pixels=chosen["shift"],
+            flip=chosen["flip"],
+            part_dropout=0.2 if dropout is None else dropout,
+            seed=chosen["seed"],
+        ),
+        builder=builder,
+        ratio=chosen["ratio"],
+        max_macs=chosen["max_macs"],
+        max_energy_mj=chosen["max_energy"],
         cache=chosen["cache"],
         seed=chosen["seed"],
     )

@@ -40,6 +40,7 @@ from exporter.methods.face import (
 )
 from exporter.methods.layerwise.method import Layerwise
 from exporter.methods.lcp.method import LCP
+from exporter.methods.nonn.method import NoNN
 from exporter.methods.snn.method import SNN
 from exporter.quantize import (
     MINIMUM_SAMPLES,
@@ -60,6 +61,7 @@ METHODS: Mapping[str, Method] = {
     "snn": SNN(),
     "ddnn": DDNNMethod(),
     "lcp": LCP(),
+    "nonn": NoNN(),
     "layerwise": Layerwise(),
 }
 OWN_NETWORK = frozenset({"ddnn"})

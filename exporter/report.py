@@ -19,6 +19,7 @@ from agent.protocol.fleet import Device, Fleet, load_fleet
 from agent.protocol.manifest import Figure, Manifest, PieceEntry, check_files, read_manifest
 from agent.protocol.units import format_bytes
 from exporter.cost.piece import INTERPRETER_CODE_BYTES, STACK_BYTES
+from exporter.network_drawing import draw_network
 
 REPORT_DATA = "report.json"
 REPORT_PAGE = "report.html"
@@ -67,8 +68,9 @@ _NUMBER = re.compile(r"[\d,]+(\.\d+)?( ?(%|steps|[kM]?B))|[\d,]+\.\d+")
 def write_report(folder: Path, manifest: Manifest, fleet: Fleet, report: Mapping[str, Any]) -> Path:
     """Write report.html into a bundle folder.
 
-    `report` is `{"sections": [...]}`; a section has a title, a text, and either a table (`head`,
-    `rows`) or histograms (each `name`, `threshold`, `series` of counts over [0, 1]).
+    `report` is `{"sections": [...]}`; a section has a title, a text, and any of a network (as
+    `draw_network` takes it), a table (`head`, `rows`) and histograms (each `name`, `threshold`,
+    `series` of counts over [0, 1]).
     """
     shares = {k: v for k, v in sorted(manifest.figures.items()) if v.unit == "share"}
     sizes = {k: v for k, v in sorted(manifest.figures.items()) if v.unit != "share"}
@@ -252,6 +254,8 @@ def _check_rows(entry: PieceEntry) -> list[tuple[str, ...]]:
 
 def _section(section: Mapping[str, Any]) -> str:
     parts = [f"<h2>{escape(section['title'])}</h2>", f"<p>{escape(section.get('text', ''))}</p>"]
+    if "network" in section:
+        parts.append(draw_network(section["network"]))
     if "rows" in section:
         parts.append(_table(section["head"], section["rows"]))
     if section.get("histograms"):

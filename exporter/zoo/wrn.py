@@ -11,6 +11,7 @@ from agent.protocol.errors import DataError
 
 STEM = 16
 BATCH_NORM_EPSILON = 1e-5
+BATCH_NORM_MOMENTUM = 0.9
 
 
 def wide_resnet(
@@ -49,6 +50,7 @@ def wide_student(
     features: int,
     *,
     input_shape: tuple[int, int, int] = (32, 32, 3),
+    stem: int = STEM,
     bias: bool = False,
     name: str = "student",
 ) -> keras.Model:
@@ -62,6 +64,7 @@ def wide_student(
         widths: Channels of each group.
         features: Filters of the teacher that it learns.
         input_shape: (height, width, channels) of one float32 image.
+        stem: Channels of the first convolution.
         bias: Whether convolutions have one, as in the authors' released code.
         name: Of the model.
 
@@ -72,7 +75,7 @@ def wide_student(
         DataError: a depth that is not 6 n + 4.
     """
     inputs = keras.Input(input_shape, name="image")
-    x = _groups(inputs, depth, widths, bias)
+    x = _groups(inputs, depth, widths, bias, stem)
     x = layers.Conv2D(features, 1, use_bias=bias, name="bridge")(x)
     x = _activated(x, "bridge")
     return keras.Model(inputs, layers.GlobalAveragePooling2D(name="features")(x), name=name)
@@ -84,12 +87,12 @@ def group_widths(widening: int) -> tuple[int, int, int]:
 
 
 def _groups(
-    x: keras.KerasTensor, depth: int, widths: Sequence[int], bias: bool
+    x: keras.KerasTensor, depth: int, widths: Sequence[int], bias: bool, stem: int = STEM
 ) -> keras.KerasTensor:
     blocks, rest = divmod(depth - 4, 6)
     if rest or blocks < 1:
         raise DataError(f"depth {depth} is not 6 n + 4", "take 10, 16, 22, 28 or 40")
-    x = _convolution(x, STEM, 1, bias, "stem")
+    x = _convolution(x, stem, 1, bias, "stem")
     for group, width in enumerate(widths, 1):
         for block in range(1, blocks + 1):
             stride = 2 if group > 1 and block == 1 else 1
@@ -122,5 +125,7 @@ def _convolution(
 
 
 def _activated(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
-    x = layers.BatchNormalization(epsilon=BATCH_NORM_EPSILON, name=f"{name}_bn")(x)
+    x = layers.BatchNormalization(
+        momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON, name=f"{name}_bn"
+    )(x)
     return layers.ReLU(name=f"{name}_relu")(x)
