@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-METHOD_NAMES = ("snn", "ddnn", "lcp", "nonn", "layerwise")
+METHOD_NAMES = ("snn", "ddnn", "lcp", "nonn", "layerwise", "edgent")
 
 
 def _inputs(command: F) -> F:
@@ -161,7 +161,7 @@ def _ddnn_inputs(command: F) -> F:
         click.option(
             "--epochs",
             type=click.IntRange(1),
-            help="ddnn, lcp, nonn: passes over the training data. Default: 100, 30, 60.",
+            help="ddnn, lcp, nonn, edgent: passes over the training data. Default: 100, 30, 60, 20.",
         ),
         click.option(
             "--device-dropout",
@@ -254,9 +254,11 @@ def _lcp_inputs(command: F) -> F:
             show_default=True,
             metavar="PIXELS",
             type=click.IntRange(0),
-            help="lcp, nonn: shift training images by up to so many pixels.",
+            help="lcp, nonn, edgent: shift training images by up to so many pixels.",
         ),
-        click.option("--flip", is_flag=True, help="lcp, nonn: mirror half of the training images."),
+        click.option(
+            "--flip", is_flag=True, help="lcp, nonn, edgent: mirror half of the training images."
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -305,6 +307,50 @@ def _nonn_inputs(command: F) -> F:
             show_default=True,
             type=click.FloatRange(0, min_open=True),
             help="nonn: peak learning rate.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _edgent_inputs(command: F) -> F:
+    """The options of `--method edgent` alone."""
+    options = [
+        click.option(
+            "--exit-after",
+            "exit_layers",
+            multiple=True,
+            metavar="LAYER",
+            help="edgent: an exit leaves behind this layer; repeat for more.",
+        ),
+        click.option(
+            "--exit-share",
+            "exit_shares",
+            multiple=True,
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            help="edgent: an exit leaves where this share of the multiply-accumulates is done; "
+            "repeat for more. Default: 0.15, 0.35 and 0.6.",
+        ),
+        click.option(
+            "--latency",
+            "limit_ms",
+            metavar="MS",
+            type=click.FloatRange(0, min_open=True),
+            help="edgent: the latency required. Default: the fleet's deadline.",
+        ),
+        click.option(
+            "--strategies",
+            default=8,
+            show_default=True,
+            type=click.IntRange(1),
+            help="edgent: how many ways to cut and exit are exported at most.",
+        ),
+        click.option(
+            "--profiles",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="edgent: measured latencies of layers by kind of device, JSON; without them the "
+            "paper's coefficients (a Pi 3 and a PC, Chainer) stand in.",
         ),
     ]
     for option in reversed(options):
@@ -640,6 +686,7 @@ def _method_options(method: str, chosen: dict[str, Any]) -> Any:
         "lcp": _lcp_options,
         "nonn": _nonn_options,
         "layerwise": _layerwise_options,
+        "edgent": _edgent_options,
     }
     return options[method](chosen)
 
@@ -734,6 +781,30 @@ def _layerwise_options(chosen: dict[str, Any]) -> Any:
     from exporter.methods.layerwise.options import LayerwiseOptions
 
     return LayerwiseOptions(seed=chosen["seed"])
+
+
+def _edgent_options(chosen: dict[str, Any]) -> Any:
+    from exporter.methods.edgent.options import EdgentOptions
+    from exporter.methods.edgent.profile import load_profiles
+    from exporter.training import TrainOptions
+
+    given = chosen["exit_shares"]
+    return EdgentOptions(
+        exits=chosen["exit_layers"],
+        shares=tuple(sorted(given)) if given else EdgentOptions().shares,
+        training=TrainOptions(
+            epochs=chosen["epochs"] or 20,
+            decay=1e-4,
+            crop_pixels=chosen["shift"],
+            flip=chosen["flip"],
+            seed=chosen["seed"],
+        ),
+        limit_ms=chosen["limit_ms"],
+        strategies=chosen["strategies"],
+        profiles=None if chosen["profiles"] is None else load_profiles(chosen["profiles"]),
+        cache=chosen["cache"],
+        seed=chosen["seed"],
+    )
 
 
 def _options(chosen: dict[str, Any]) -> Any:

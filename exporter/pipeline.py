@@ -30,6 +30,7 @@ from exporter.cost import (
 from exporter.data import DataSet, load_data
 from exporter.graph import layer_graph
 from exporter.methods.ddnn.method import DDNNMethod
+from exporter.methods.edgent.method import Edgent
 from exporter.methods.face import (
     Design,
     Method,
@@ -63,6 +64,7 @@ METHODS: Mapping[str, Method] = {
     "lcp": LCP(),
     "nonn": NoNN(),
     "layerwise": Layerwise(),
+    "edgent": Edgent(),
 }
 OWN_NETWORK = frozenset({"ddnn"})
 """Methods that train a network of their own: they take no model."""
