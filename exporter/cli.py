@@ -161,7 +161,8 @@ def _ddnn_inputs(command: F) -> F:
         click.option(
             "--epochs",
             type=click.IntRange(1),
-            help="ddnn, lcp, nonn, edgent: passes over the training data. Default: 100, 30, 60, 20.",
+            help="ddnn, lcp, nonn, edgent: passes over the training data. "
+            "Default: 100, 30, 60, 20.",
         ),
         click.option(
             "--device-dropout",
