@@ -1,11 +1,19 @@
-"""NoNN: the authors' own students as an int8 fleet, and the recipe on networks at hand.
+"""NoNN: the authors' own students as an int8 fleet, a teacher's filters, and students of our own.
 
     python -m benchmarks.nonn published [--images N] [--live N]   # minutes; needs the shared data
+    python -m benchmarks.nonn filters                             # minutes; needs the shared data
+    python -m benchmarks.nonn recipe digits [--seeds N]           # minutes
+    python -m benchmarks.nonn recipe resnet56_cifar10 [--seeds N] # days on a CPU: take a GPU
+    python -m benchmarks.nonn recipe wrn40_4_cifar10 [--seeds N]  # the paper's; a GPU
 
 `published` loads the two trained students that the authors published, exports them to int8 as
 `shoal export` does, and compares float with int8 on the CIFAR-10 test images, with everybody there
 and with each student lost. `--live` of them are also asked of a fleet of processes around a broker.
-Features are kept in .cache/nonn, so that a second run is quick. Results: results/nonn.json.
+`filters` parts the knowledge of the trained ResNet-56. `recipe` teaches two students, without and
+with student dropout and with the paper's loss, and one student of the same size alone with
+distillation; the last 5 000 training images of CIFAR-10 are never trained on, and nothing is chosen
+on test data. What takes long is kept in .cache/nonn, so that a second run is quick and an
+interrupted one goes on. Results: results/nonn.json.
 """
 
 from __future__ import annotations
@@ -15,8 +23,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,9 +76,6 @@ def published(images: int, live: int) -> dict[str, Any]:
     from exporter.data import load_data
     from exporter.methods.branches import Branch, BranchNetwork, merged, settle
     from exporter.methods.branches.network import HEAD
-    from exporter.quantize.native_stderr import start_tensorflow
-
-    start_tensorflow()
     from exporter.zoo.nonn_students import DEVIATION, MEAN, published_students
 
     data = load_data(str(npz_path("cifar10")))
@@ -186,30 +191,260 @@ def asked(bundle: Path, frames: np.ndarray, whole: np.ndarray, alone: np.ndarray
             return {"asked": len(frames), "as_offline": together, "lost_as_offline": same(alone)}
 
 
+def filters() -> dict[str, Any]:
+    """How the last convolution of the trained ResNet-56 falls into communities and parts."""
+    from exporter.methods.nonn.communities import filter_network
+    from exporter.methods.nonn.partition import partition
+    from exporter.methods.nonn.teacher import teacher_of
+
+    base, data = resnet56()
+    teacher = teacher_of(base)
+    frames = data.held_out.frames
+    activations = cached(
+        f"resnet56_{len(frames)}", lambda: teacher.activations(data.inputs(frames))
+    )
+    found = filter_network(activations)
+    halves = [filter_network(activations[i::2]) for i in (0, 1)]
+    return {
+        "teacher": "ResNet-56, CIFAR-10",
+        "layer": teacher.layer,
+        "images": len(frames),
+        "filters": teacher.filters,
+        "links": int((found.weights > 0).sum() // 2),
+        "communities": [len(members) for members in found.communities],
+        "isolated": len(found.isolated),
+        "parts": {
+            str(k): [len(part) for part in partition(found, [1.0] * k)] for k in (2, 3, 4, 8)
+        },
+        "unequal_parts_3_2_1": [len(part) for part in partition(found, [3.0, 2.0, 1.0])],
+        "same_communities_of_half_the_images": agreement(*halves),
+    }
+
+
+def agreement(one: Any, other: Any) -> float:
+    """Share of the pairs of filters that share a community in both networks, of those in either."""
+
+    def pairs(network: Any) -> set[tuple[int, int]]:
+        return {(i, j) for group in network.communities for i in group for j in group if i < j}
+
+    first, second = pairs(one), pairs(other)
+    return len(first & second) / max(len(first | second), 1)
+
+
+def digits() -> tuple[Any, Any]:
+    """A network of two convolutions, trained on scikit-learn's digits."""
+    import keras
+
+    from benchmarks.digits_model import train_digits
+    from exporter.data import load_data
+
+    path, data = CACHE / "digits.keras", load_data("digits")
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        train_digits(data, path)
+    return keras.models.load_model(path, compile=False), data
+
+
+def cifar10(mean: Sequence[float], deviation: Sequence[float]) -> Any:
+    """CIFAR-10 for a normalisation; the last 5 000 training images are held out."""
+    from exporter.data import Split, load_data
+
+    data = load_data(str(npz_path("cifar10")))
+    with np.load(npz_path("cifar10")) as archive:
+        x, y = archive["x_train"], archive["y_train"].astype(np.int64)
+    data = replace(
+        data, train=Split(x[:-5_000], y[:-5_000]), held_out=Split(x[-5_000:], y[-5_000:])
+    )
+    scale = tuple(1 / 255 / d for d in deviation)
+    return data.preprocessed(scale, tuple(-m / d for m, d in zip(mean, deviation, strict=True)))
+
+
+def resnet56() -> tuple[Any, Any]:
+    """The trained ResNet-56 that others published, 93.39 %."""
+    from exporter.zoo.resnet import DEVIATION, MEAN, cifar_resnet, load_pytorch_resnet
+
+    model = cifar_resnet(56)
+    load_pytorch_resnet(model, SHARED / "cifar10_resnet" / "resnet56.npz")
+    return model, cifar10(MEAN, DEVIATION)
+
+
+def wrn40_4() -> tuple[Any, Any]:
+    """The paper's teacher, trained as there: 200 epochs, SGD, steps."""
+    import keras
+
+    from exporter.training import Checkpoint, TrainOptions, cross_entropy, train
+    from exporter.zoo.nonn_students import DEVIATION, MEAN
+    from exporter.zoo.wrn import group_widths, wide_resnet
+
+    data = cifar10(MEAN, DEVIATION)
+    keras.utils.set_random_seed(0)
+    model = wide_resnet(40, group_widths(4))
+
+    def loss(x: Any, labels: Any, heard: Any) -> Any:
+        return cross_entropy(model(x, training=True), labels)
+
+    train(
+        [model],
+        loss,
+        data.train,
+        data.inputs,
+        TrainOptions(200, optimizer="sgd", rate=0.1, decay=5e-4, crop_pixels=4, flip=True),
+        checkpoint=Checkpoint(CACHE, "wrn40-4"),
+        progress=quiet,
+    )
+    return model, data
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is taught, to whom, how.
+
+    Attributes:
+        teacher: Makes the trained teacher and its data.
+        ratio: Parameters of the teacher for one of each student's, at least.
+        depth: Of the students, WRNs.
+        training: Options of `TrainOptions`.
+    """
+
+    teacher: Callable[[], tuple[Any, Any]]
+    ratio: float
+    depth: int
+    training: Mapping[str, Any]
+
+
+AT_LENGTH = {
+    "epochs": 200, "optimizer": "sgd", "rate": 0.1, "decay": 5e-4, "crop_pixels": 4, "flip": True
+}  # fmt: skip
+RECIPES = {
+    "digits": Recipe(digits, 50, 10, {"epochs": 60, "batch": 64, "rate": 5e-3}),
+    "resnet56_cifar10": Recipe(resnet56, 10, 16, AT_LENGTH),
+    "wrn40_4_cifar10": Recipe(wrn40_4, 50, 16, AT_LENGTH),
+}
+VARIANTS = {
+    "two students": (2, 100.0, 0.0),
+    "two students, student dropout 0.2": (2, 100.0, 0.2),
+    "two students, the paper's loss": (2, 1e4, 0.0),
+    "one student alone, distilled": (1, 0.0, 0.0),
+}
+"""Students, weight of the activations, chance that a student is not heard."""
+
+
+def recipe(name: str, variant: str, seed: int) -> dict[str, Any]:
+    """Teach students and measure them on test data, float and int8."""
+    from agent.protocol.fleet import load_fleet
+    from exporter import pipeline
+    from exporter.graph import layer_graph
+    from exporter.methods.branches import merged
+    from exporter.methods.branches.network import HEAD
+    from exporter.methods.nonn.communities import CommunityOptions
+    from exporter.methods.nonn.loss import LossOptions
+    from exporter.methods.nonn.method import classroom, teach
+    from exporter.methods.nonn.options import NonnOptions
+    from exporter.training import TrainOptions
+
+    chosen = RECIPES[name]
+    students, beta, dropout = VARIANTS[variant]
+    base, data = chosen.teacher()
+    options = NonnOptions(
+        communities=CommunityOptions(seed=seed),
+        loss=LossOptions(beta=beta),
+        training=TrainOptions(**chosen.training, part_dropout=dropout, seed=seed),
+        depth=chosen.depth,
+        ratio=chosen.ratio,
+        cache=CACHE,
+        seed=seed,
+    )
+    workers = "".join(f"  - {{id: pi-{i}, kind: pi-4}}\n" for i in range(students))
+    with tempfile.TemporaryDirectory() as home:
+        path = Path(home) / "fleet.yaml"
+        path.write_text(
+            f"shoal: 1\nfleet: class\naggregator: hub\ndevices:\n{workers}"
+            "  - {id: hub, kind: pi-4, tier: edge}\n"
+        )
+        fleet = load_fleet(path)
+    room = classroom(base, data, fleet, options)
+    history = teach(room, data, options, quiet)
+    x, labels = data.inputs(data.test.frames), data.test.labels
+    exported = pipeline.quantize(
+        room.network.pieces(data, fleet), data, fleet, "int8", quiet, allow_drift=True
+    )
+    run = pipeline.runner(exported)
+    in_float = room.network.features(x)
+    in_int8 = [run(branch.name, x) for branch in room.network.branches]
+    heard = [[i != lost for i in range(students)] for lost in range(-1, students)]
+
+    def right(logits: np.ndarray) -> float:
+        return float(np.mean(logits.argmax(1) == labels))
+
+    whole, *one_lost = (
+        right(run(HEAD, merged(room.network.merge, in_int8, who))) for who in heard if any(who)
+    )
+    return {
+        "accuracy": right(room.network.finish(in_float)),
+        "accuracy_int8": whole,
+        "one_lost_int8": one_lost,
+        "accuracy_held_out": history.accuracy,
+        "accuracy_teacher": right(base.predict(x, batch_size=250, verbose=0)),
+        "parameters_teacher": layer_graph(base).inference_parameters,
+        "parameters": [
+            layer_graph(branch.model).inference_parameters for branch in room.network.branches
+        ],
+        "filters": [len(part) for part in room.parts],
+        "epochs": len(history.epochs),
+    }
+
+
 def keep(part: str, result: dict[str, Any]) -> None:
     """Put one part into results/nonn.json, beside the others."""
-    path = RESULTS / f"{NAME}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored = read()
     stored[part] = {
         **result,
         "circumstances": circumstances("tensorflow-cpu", "keras", "ai-edge-litert"),
     }
-    path.write_text(json.dumps(stored, indent=1) + "\n")
+    (RESULTS / f"{NAME}.json").write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def main() -> None:
     """Measure what was asked for, print and keep it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["published"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("part", choices=["published", "filters", "recipe"])
+    parser.add_argument("recipe", nargs="?", choices=list(RECIPES), default="digits")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--live", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
+    from exporter.quantize.native_stderr import start_tensorflow
+
+    start_tensorflow()
     started = time.monotonic()
-    result = published(arguments.images, arguments.live)
+    if arguments.part == "recipe":
+        name = f"recipe {arguments.recipe}"
+        runs = read().get(name, {}).get("runs", {})
+        for seed in range(arguments.seeds):
+            for variant in VARIANTS:
+                if (key := f"{variant} #{seed}") in runs:
+                    continue
+                runs[key] = recipe(arguments.recipe, variant, seed)
+                print(key, json.dumps(runs[key]), flush=True)
+                keep(name, {"runs": runs})
+        return
+    if arguments.part == "filters":
+        result = filters()
+    else:
+        result = published(arguments.images, arguments.live)
     result["seconds"] = round(time.monotonic() - started)
     print(json.dumps(result, indent=1))
     if arguments.images == 10_000:
         keep(arguments.part, result)
+
+
+def read() -> dict[str, Any]:
+    """What was kept."""
+    path = RESULTS / f"{NAME}.json"
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return stored
 
 
 if __name__ == "__main__":
