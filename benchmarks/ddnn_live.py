@@ -1,13 +1,15 @@
 """A DDNN fleet live on the test views: does it decide, exit and send as the offline table says?
 
     python -m benchmarks.ddnn_live BUNDLE DATA.npz[#SPLIT] [--lose DEVICE ... | --lose each]
-                                   [--keep NAME]
+    python -m benchmarks.ddnn_live                              (both examples, both splits, kept)
 
 Starts every device of the bundle (sensors as its fleet file says, each a recording of all samples)
 around a private mosquitto, triggers each test sample, and compares every decision and every message
 with scores or features with what the bundle's pieces say offline. With --lose the fleet is started
 once more for each device, which is killed while a request is under way after half of the samples.
---keep writes benchmarks/results/ddnn_live.json, whose table `python -m benchmarks.run` draws.
+Without a bundle, those of examples/mvmc*.yaml are exported first (T = 0.8, a minute each) into
+.cache/benchmarks, each device is lost in turn, and benchmarks/results/ddnn_live.json is written,
+whose table `python -m benchmarks.run` draws.
 """
 
 from __future__ import annotations
@@ -37,10 +39,14 @@ from agent.runtime import LoadedPiece, load_piece
 from agent.sensor import ReadSensor, open_sensor
 from agent.traffic import Traffic, content_bytes
 from agent.up import FleetProcesses
-from benchmarks.record import circumstances, load, machine_line, save
+from benchmarks.datasets import SHARED
+from benchmarks.record import ROOT, circumstances, load, machine_line, save
 
 NAME = "ddnn_live"
 EACH = "each"
+THRESHOLD = 0.8
+"""The paper's."""
+PACKAGES = ("paho-mqtt", "ai-edge-litert", "tflite-micro")
 
 
 @dataclass(frozen=True)
@@ -379,33 +385,60 @@ def draw() -> list[str]:
     return [*lines, "", f"Measured at {machine_line(kept)}."]
 
 
+def exported(name: str, split: str) -> tuple[Path, str]:
+    """The bundle of an example fleet on a split of the multi-view cars, and its data."""
+    from exporter import pipeline
+    from exporter.methods.ddnn.exits import Bounds
+    from exporter.methods.ddnn.options import DdnnOptions
+
+    source = f"{SHARED / 'mvmc' / 'mvmc_epfl_reconstructed.npz'}#{split}"
+    folder = ROOT / ".cache" / "benchmarks" / f"{name}-{split}"
+    folder.mkdir(parents=True, exist_ok=True)
+    example = (ROOT / "examples" / f"{name}.yaml").read_text()
+    (folder / "fleet.yaml").write_text(example.replace("../shared/data", str(SHARED)))
+    thresholds = (THRESHOLD,) * (2 if name == "mvmc3" else 1)
+    pipeline.export(
+        None,
+        source,
+        folder / "fleet.yaml",
+        folder / "bundle",
+        method="ddnn",
+        options=DdnnOptions(exits=Bounds(thresholds=thresholds)),
+        progress=lambda *_: None,
+    )
+    return folder / "bundle", source
+
+
 def main() -> int:
     """Measure and print; 1 where something differs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("data")
-    parser.add_argument("--lose", nargs="+", metavar="DEVICE", help="or: each")
-    parser.add_argument("--keep", metavar="NAME", help="of the fleet, in results/ddnn_live.json")
+    parser.add_argument("bundle", type=Path, nargs="?")
+    parser.add_argument("data", nargs="?")
+    parser.add_argument("--lose", nargs="+", default=[], metavar="DEVICE", help="or: each")
     arguments = parser.parse_args()
-    lost: list[str | None] = [None]
-    if arguments.lose == [EACH]:
-        nodes = read_manifest(arguments.bundle).plan.strategies[0].nodes
-        lost += dict.fromkeys(node.device for node in nodes)
-    elif arguments.lose:
-        lost = list(arguments.lose)
-    runs = []
-    for device in lost:
-        runs.append(measure(arguments.bundle, arguments.data, device))
-        print(json.dumps(runs[-1], indent=1), flush=True)
-    if arguments.keep:
-        try:
-            kept = load(NAME)
-        except FileNotFoundError:
-            kept = {"fleets": {}}
-        kept["fleets"][arguments.keep] = runs
-        kept["circumstances"] = circumstances("paho-mqtt", "ai-edge-litert", "tflite-micro")
-        save(NAME, kept)
+    if arguments.bundle is None:
+        kept = {}
+        for split in ("temporal", "851"):
+            for name in ("mvmc", "mvmc3"):
+                kept[f"{name}.yaml, {split}"] = _all(*exported(name, split), [EACH])
+        save(NAME, {"fleets": kept, "circumstances": circumstances(*PACKAGES)})
+        runs = [run for fleet in kept.values() for run in fleet]
+    else:
+        if arguments.data is None:
+            parser.error("say which data: DATA.npz#SPLIT")
+        runs = _all(arguments.bundle, arguments.data, arguments.lose)
     return int(any(x["decisions_that_differ"] or x["messages_that_differ"] for x in runs))
+
+
+def _all(bundle: Path, source: str, lose: list[str]) -> list[dict[str, Any]]:
+    """Nobody lost, then each of these; printed as they come."""
+    nodes = read_manifest(bundle).plan.strategies[0].nodes
+    lost = list(dict.fromkeys(node.device for node in nodes)) if lose == [EACH] else lose
+    runs = []
+    for device in (None, *lost):
+        runs.append(measure(bundle, source, device))
+        print(json.dumps(runs[-1], indent=1), flush=True)
+    return runs
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ GROUPS = {
         ),
         snn.draw,
     ),
-    "ddnn": Group((("ddnn",),), ddnn.draw),
+    "ddnn": Group((("ddnn",), ("ddnn_live",)), ddnn.draw),
     "edgent": Group((("edgent", "--keep"),), edgent.draw),
 }
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import read_manifest
-from benchmarks.ddnn_live import ask_all, summary
+from benchmarks.ddnn_live import Offline, ask_all, summary
+from benchmarks.ddnn_picture import picture
 from exporter import pipeline
 from exporter.methods.ddnn.exits import Bounds
 from exporter.methods.ddnn.options import DdnnOptions
@@ -116,6 +118,20 @@ def test_summary_is_the_bundles_own_table(bundles: dict[str, Path], mosquitto: o
     assert told["live"] == told["offline"]
     for mine, theirs in (("accuracy", "accuracy_fleet"), ("local_exit_share", "local_exit_share")):
         assert told["live"][mine] == pytest.approx(manifest.figures[theirs].value, abs=1e-9)
+
+
+def test_picture_shows_each_view_and_the_decision(bundles: dict[str, Path]) -> None:
+    bundle = bundles["two tiers"]
+    offline = Offline(bundle)
+    sample = next(i for i in range(300, 380) if None in offline.views(i).values())
+
+    drawn = picture(bundle, f"{bundle / 'views.npz'}#toy", sample)
+
+    root = ElementTree.fromstring(drawn)
+    texts = [x.text or "" for x in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert sum(x.tag.endswith("image") for x in root.iter()) == 2 * 3  # a view and its bits
+    assert texts.count("sees nothing") == 1
+    assert texts[-1].startswith(f"decision: {offline.decide(sample).guess} ")
 
 
 @pytest.mark.parametrize(("name", "edges"), [("mvmc.yaml", ()), ("mvmc3.yaml", ("edge",))])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.run import GROUPS, README, RESULTS, with_results
+from benchmarks import ddnn, ddnn_plots
+from benchmarks.run import GROUPS, README, RESULTS, ROOT, brief, with_results
 
 
 def test_readme_shows_the_tables_as_drawn():
@@ -16,3 +17,30 @@ def test_tables_are_those_of_the_committed_results():
         drawn = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
         assert group.table() == drawn, "run: python -m benchmarks.run --tables"
+
+
+def test_figures_are_those_of_the_committed_results():
+    drawn = (ROOT / ddnn_plots.PATH).read_text(encoding="utf-8")
+
+    assert ddnn_plots.draw(ddnn.read()["runs"]) == drawn, "run: python -m benchmarks.run --tables"
+
+
+def test_what_the_readme_leaves_out_is_linked():
+    table = f"# T\n\nabove\n\n{ddnn.BRIEF}\n\nbelow"
+
+    assert brief("ddnn", table) == (
+        "# T\n\nabove\n\nAll of it: [benchmarks/results/ddnn.md](benchmarks/results/ddnn.md)."
+    )
+    assert brief("runtime", "# T\n\nall") == "# T\n\nall"
+
+
+def test_readme_shows_the_last_step_of_each_row_of_snns():
+    rows = [
+        "| lenet | 2 | pruned | 1 |",
+        "| lenet | 2 | distilled | 2 |",
+        "| lenet | 5 | own | 3 |",
+    ]
+
+    shown = brief("snn", "\n".join(["# T", *rows]))
+
+    assert [row in shown for row in rows] == [False, True, True]
