@@ -250,6 +250,9 @@ def _lcp_inputs(command: F) -> F:
             help="lcp: channels that trained branches lose before they are trained on.",
         ),
         click.option(
+            "--fixed-point", is_flag=True, help="lcp: also measure 3.13 fixed point, emulated."
+        ),
+        click.option(
             "--shift",
             default=0,
             show_default=True,
@@ -732,6 +735,7 @@ def _lcp_options(chosen: dict[str, Any]) -> Any:
         fresh=chosen["fresh"],
         teach=chosen["teach"],
         prune=chosen["prune"] / 100,
+        fixed_point=chosen["fixed_point"],
         training=TrainOptions(
             epochs=chosen["epochs"] or 30,
             decay=1e-4,

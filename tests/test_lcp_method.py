@@ -236,12 +236,13 @@ def test_command_exports_branches(models, tmp_path) -> None:
     arguments = [
         *(str(model), "--data", "digits", "--fleet", str(model.parent / "fleet.yaml")),
         *("--method", "lcp", "--merge", "concat", "--fatten", "10", "--epochs", "1"),
-        *("--prune", "40"),
+        *("--prune", "40", "--fixed-point"),
         *("--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "bundle")),
     ]
     told = CliRunner().invoke(cli.export, arguments)
     assert told.exit_code == 0, told.output
     assert "accuracy fleet one lost" in told.output
+    assert "accuracy fleet fixed point" in told.output
     manifest = read_manifest(tmp_path / "bundle")
     assert manifest.plan.strategies[0].aggregator.fusion is Fusion.CONCAT
     report = json.loads((tmp_path / "bundle" / "report.json").read_text())

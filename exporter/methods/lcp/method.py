@@ -32,6 +32,7 @@ from ..branches.network import spread
 from ..face import Design, Progress, RunPiece, Settled
 from .capacity import Fit, procedure_1, unfit
 from .communication import Traffic, lcp_traffic, model_parallel_traffic
+from .fixed_point import fixed_point_logits
 from .options import LcpOptions
 from .split import Splitter
 
@@ -143,7 +144,16 @@ class LCP:
         """Make the plan, and measure what the exported pieces reach."""
         settled = settle(design.facts, "lcp", data, fleet, run)
         sections = [*design.report["sections"], *settled.report["sections"]]
-        return Settled(settled.plan, (), settled.figures, {"sections": sections})
+        figures = dict(settled.figures)
+        if options.fixed_point:
+            logits = fixed_point_logits(design.facts, data.inputs(data.test.frames))
+            figures["accuracy_fleet_fixed_point"] = Figure(
+                value=float(np.mean(logits.argmax(axis=1) == data.test.labels)),
+                unit="share",
+                origin="measured",
+                note="3.13 fixed point (16 bit), emulated, test data",
+            )
+        return Settled(settled.plan, (), figures, {"sections": sections})
 
 
 def fattenings(options: LcpOptions) -> list[float]:

@@ -32,6 +32,7 @@ class LcpOptions:
         temperature: Of softening.
         prune: Share of the channels of every layer that trained branches lose; they are then
             trained on.
+        fixed_point: Also measure the trained branches in emulated 3.13 fixed point.
         training: How each step is trained, and pruned branches at half the rate.
         validation_share: Of the held-out data, how much tells accuracies; the rest is trained on.
         cache: Where trainings are kept; None: nowhere.
@@ -51,6 +52,7 @@ class LcpOptions:
     teach: float = 0.5
     temperature: float = 4.0
     prune: float = 0.0
+    fixed_point: bool = False
     training: TrainOptions = field(default_factory=TrainOptions)
     validation_share: float = 0.5
     cache: Path | None = None

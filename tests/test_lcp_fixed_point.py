@@ -1,0 +1,77 @@
+"""3.13 fixed point, emulated: what it can hold, folding, and how near it comes to floats."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import pytest
+from small_networks import (
+    answers,
+    concat_net,
+    frames,
+    option_a_resnet,
+    preactivation_resnet,
+    projection_resnet,
+    randomise,
+    separable_net,
+    sequential_net,
+)
+
+from exporter.methods.lcp.fixed_point import FixedPoint, fixed
+
+
+def test_numbers_are_multiples_within_limits() -> None:
+    told = fixed([0.0, 1.0, 2**-13, 2**-15, 3 * 2**-14, -9.0, 9.0, 3.99999])
+    top = 4 - 2**-13
+    assert told.tolist() == [0.0, 1.0, 2**-13, 0.0, 2**-12, -4.0, top, top]
+    assert told.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        option_a_resnet,
+        projection_resnet,
+        preactivation_resnet,
+        separable_net,
+        concat_net,
+        sequential_net,
+    ],
+)
+def test_comes_near_the_float_network_whose_values_it_can_hold(build) -> None:
+    model = tamed(randomise(build()))
+    x = frames(model, 8) * 0.3
+    (wanted,) = answers(model, x)
+
+    got = FixedPoint.of(model).run(x)
+
+    assert np.abs(wanted).max() < 4
+    np.testing.assert_allclose(got, wanted, atol=0.02)
+    assert np.array_equal(got, fixed(got))
+    assert not np.array_equal(got, wanted)
+
+
+def tamed(model: keras.Model) -> keras.Model:
+    """Kernels so small that no value leaves the range."""
+    for layer in model.layers:
+        weights = layer.get_weights()
+        if weights and not isinstance(layer, keras.layers.BatchNormalization):
+            layer.set_weights([0.35 * w for w in weights])
+        elif weights:
+            *rest, mean, variance = weights
+            layer.set_weights([*(0.5 * w for w in rest), 0.1 * mean, variance + 0.5])
+    return model
+
+
+def test_weights_that_are_too_large_are_clipped() -> None:
+    inputs = keras.Input((2,), name="x")
+    layer = keras.layers.Dense(1, name="fc")
+    model = keras.Model(inputs, layer(inputs), name="m")
+    layer.set_weights([np.array([[9.0], [0.5]], np.float32), np.zeros(1, np.float32)])
+    told = FixedPoint.of(model).run(np.array([[0.5, 1.0], [1.0, 1.0]], np.float32))
+    top = 4 - 2**-13
+    assert told[:, 0].tolist() == [fixed(0.5 * top + 0.5).item(), top]
