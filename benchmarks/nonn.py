@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.datasets import ROOT, SHARED, npz_path
-from benchmarks.record import RESULTS, circumstances
+from benchmarks.record import RESULTS, circumstances, machine_line
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -402,6 +402,112 @@ def keep(part: str, result: dict[str, Any]) -> None:
         "circumstances": circumstances("tensorflow-cpu", "keras", "ai-edge-litert"),
     }
     (RESULTS / f"{NAME}.json").write_text(json.dumps(stored, indent=1) + "\n")
+
+
+# Tables.
+
+
+def draw() -> str:
+    """The tables of what was kept."""
+    stored = read()
+    lines = ["# NoNN: students that share a teacher's knowledge", ""]
+    if "published" in stored:
+        lines += _published_table(stored["published"])
+    if "filters" in stored:
+        lines += _filters_text(stored["filters"])
+    for name, chosen in RECIPES.items():
+        if runs := stored.get(f"recipe {name}", {}).get("runs"):
+            lines += _recipe_table(name, chosen, runs)
+    missing = [name for name in RECIPES if f"recipe {name}" not in stored]
+    if missing:
+        lines += [
+            f"Not measured yet, for want of a GPU: {', '.join(missing)} "
+            "(`python -m benchmarks.nonn recipe NAME`). The paper's WRN40-4 with two students of a "
+            "fiftieth loses 0.86 points to its teacher.",
+            "",
+        ]
+    lines += ["Measured at:", *(f"- `{k}`: {machine_line(v)}" for k, v in stored.items()), ""]
+    return "\n".join(lines)
+
+
+def _percent(*values: float) -> str:
+    """Mean +- deviation in percent, and how many."""
+    mean = f"{100 * np.mean(values):.2f}"
+    return f"{mean} +- {100 * np.std(values, ddof=1):.2f} ({len(values)})" if values[1:] else mean
+
+
+def _published_table(result: dict[str, Any]) -> list[str]:
+    in_float, in_int8 = result["float"], result["int8"]
+    rows = [
+        ("both students", "94.32", "together"),
+        ("the one with 46 filters lost", "92.1", "right_lost"),
+        ("the one with 34 filters lost", "83.6", "left_lost"),
+    ]
+    sent, maps = sum(result["payload_bytes"].values()), sum(result["map_bytes"].values())
+    live = result["live"]
+    lost = 100 * (in_float["together"] - in_int8["together"])
+    return [
+        "The authors' own two trained students (428,595 and 429,639 parameters), imported and "
+        f"exported to int8; accuracy in % on {result['images']:,} CIFAR-10 test images:",
+        "",
+        "| who is there | known of them | float | int8 fleet |",
+        "|---|---|---|---|",
+        *(
+            f"| {what} | {known} | {_percent(in_float[key])} | {_percent(in_int8[key])} |"
+            for what, known, key in rows
+        ),
+        "",
+        f"Int8 costs {lost:.2f} points (goal 0.3). Batch norm, ReLU and pooling of the features "
+        "are done by the students instead of the host, the same to rounding: an inference "
+        f"sends {sent} B of payload in all, where maps of 8x8 would be {maps:,} B of content. "
+        f"Live, three processes around a broker: {live['as_offline']} of {live['asked']} "
+        "decisions as offline, and with a student stopped "
+        f"{live['lost_as_offline']} of {live['asked']}.",
+        "",
+    ]
+
+
+def _filters_text(result: dict[str, Any]) -> list[str]:
+    sizes = ", ".join(map(str, result["communities"]))
+    parts = "; ".join(
+        f"{k} students: {', '.join(map(str, part))}" for k, part in result["parts"].items()
+    )
+    unequal = ", ".join(map(str, result["unequal_parts_3_2_1"]))
+    again = 100 * result["same_communities_of_half_the_images"]
+    return [
+        f"Filters of the trained {result['teacher']} (`{result['layer']}`, {result['filters']} "
+        f"filters, {result['images']:,} held-out images, {result['links']} links): communities of "
+        f"{sizes}; {result['isolated']} filters belong to none. Parts: {parts}; three students "
+        f"that can do 3, 2 and 1: {unequal}. Of the pairs that share a community in either half "
+        f"of the images, {again:.0f} % do in both.",
+        "",
+    ]
+
+
+def _recipe_table(name: str, chosen: Recipe, runs: dict[str, Any]) -> list[str]:
+    one = next(iter(runs.values()))
+    size = f"{one['parameters_teacher'] / max(one['parameters']):.0f}"
+    lines = [
+        f"`{name}`: teacher {_percent(one['accuracy_teacher'])} %, "
+        f"{one['parameters_teacher']:,} parameters, {size} times a student's "
+        f"({', '.join(f'{x:,}' for x in one['parameters'])}). Test data, mean +- deviation over "
+        "seeds (their number in brackets), %:",
+        "",
+        "| students | float | int8 | worst one lost, int8 | points below the teacher, int8 |",
+        "|---|---|---|---|---|",
+    ]
+    for variant in VARIANTS:
+        found = [run for key, run in runs.items() if key.rpartition(" #")[0] == variant]
+        if not found:
+            continue
+        lost = [min(run["one_lost_int8"]) for run in found if run["one_lost_int8"]]
+        below = np.mean([run["accuracy_teacher"] - run["accuracy_int8"] for run in found])
+        lines.append(
+            f"| {variant} | {_percent(*(run['accuracy'] for run in found))} "
+            f"| {_percent(*(run['accuracy_int8'] for run in found))} "
+            f"| {_percent(*lost) if lost else '-'} | {100 * below:.2f} |"
+        )
+    return [*lines, ""]
 
 
 def main() -> None:
