@@ -21,7 +21,9 @@ from small_networks import (
     sequential_net,
 )
 
-from exporter.methods.lcp.fixed_point import FixedPoint, fixed
+from agent.protocol.plan import Fusion
+from exporter.methods.branches import Branch, BranchNetwork
+from exporter.methods.lcp.fixed_point import FixedPoint, fixed, fixed_point_logits
 
 
 def test_numbers_are_multiples_within_limits() -> None:
@@ -75,3 +77,24 @@ def test_weights_that_are_too_large_are_clipped() -> None:
     told = FixedPoint.of(model).run(np.array([[0.5, 1.0], [1.0, 1.0]], np.float32))
     top = 4 - 2**-13
     assert told[:, 0].tolist() == [fixed(0.5 * top + 0.5).item(), top]
+
+
+def test_large_logits_keep_their_order() -> None:
+    branches = []
+    for i in range(2):
+        inputs = keras.Input((3,), name=f"x{i}")
+        fc = keras.layers.Dense(3, activation="relu", name=f"fc{i}")
+        branches.append(Branch(f"b{i}", f"d{i}", keras.Model(inputs, fc(inputs), name=f"b{i}"), ""))
+        fc.set_weights([np.eye(3, dtype=np.float32), np.zeros(3, np.float32)])
+    inputs = keras.Input((3,), name="sum")
+    last = keras.layers.Dense(3, name="logits")
+    head = keras.Model(inputs, last(inputs), name="head")
+    last.set_weights([3 * np.eye(3, dtype=np.float32), np.zeros(3, np.float32)])
+    network = BranchNetwork(tuple(branches), head, Fusion.SUM)
+    x = np.array([[1.9, 1.5, 0.0], [0.0, 1.6, 1.9]], np.float32)
+
+    told = fixed_point_logits(network, x, x)
+
+    assert np.abs(network.logits(x)).max() > 8
+    assert told.argmax(axis=1).tolist() == [0, 2]
+    np.testing.assert_allclose(told * 4, network.logits(x), atol=0.01)

@@ -7,6 +7,7 @@ be is folded into the layer before, and that layer's folded kernel is rounded.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,15 +35,21 @@ def fixed(values: Any) -> Floats:
     return result
 
 
-def fixed_point_logits(network: BranchNetwork, inputs: Floats) -> Floats:
+def fixed_point_logits(network: BranchNetwork, inputs: Floats, calibration: Floats) -> Floats:
     """Logits (N, C) of a branch network whose every part calculates in 3.13 fixed point.
+
+    The head's weights are halved until logits fit: who is largest stays the same.
 
     Args:
         network: Trained.
         inputs: (N, ...) float32 model inputs.
+        calibration: Others, which tell how large logits become.
     """
+    largest = max(float(np.abs(network.logits(calibration)).max()), LIMIT)
+    halvings = math.ceil(math.log2(largest / LIMIT))
     features = [FixedPoint.of(branch.model).run(inputs) for branch in network.branches]
-    return FixedPoint.of(network.head).run(fixed(merged(network.merge, features)))
+    head = FixedPoint.of(network.head, scale=2.0**-halvings)
+    return head.run(fixed(merged(network.merge, features)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +67,12 @@ class FixedPoint:
     kernels: dict[str, list[Floats]]
 
     @classmethod
-    def of(cls, model: keras.Model) -> FixedPoint:
+    def of(cls, model: keras.Model, *, scale: float = 1.0) -> FixedPoint:
         """Fold and round.
+
+        Args:
+            model: Trained.
+            scale: Of every weight before it is rounded; for a model of one layer.
 
         Raises:
             UnsupportedLayer: as `exporter.graph.layer_graph`.
@@ -83,7 +94,7 @@ class FixedPoint:
                 if host.op == "DepthwiseConv2D":
                     wide = factor.reshape(kernel.shape[-2], kernel.shape[-1])
                 kernels[host.name] = [kernel * wide, bias * factor + offset]
-        return cls(calls, graph, {k: [fixed(x) for x in v] for k, v in kernels.items()})
+        return cls(calls, graph, {k: [fixed(scale * x) for x in v] for k, v in kernels.items()})
 
     def run(self, inputs: Floats) -> Floats:
         """The output (N, ...) float32 of inputs (N, ...)."""

@@ -146,7 +146,8 @@ class LCP:
         sections = [*design.report["sections"], *settled.report["sections"]]
         figures = dict(settled.figures)
         if options.fixed_point:
-            logits = fixed_point_logits(design.facts, data.inputs(data.test.frames))
+            known = data.inputs(data.held_out.take(spread(len(data.held_out))).frames)
+            logits = fixed_point_logits(design.facts, data.inputs(data.test.frames), known)
             figures["accuracy_fleet_fixed_point"] = Figure(
                 value=float(np.mean(logits.argmax(axis=1) == data.test.labels)),
                 unit="share",
