@@ -316,7 +316,7 @@ AT_LENGTH = {
     "epochs": 200, "optimizer": "sgd", "rate": 0.1, "decay": 5e-4, "crop_pixels": 4, "flip": True
 }  # fmt: skip
 RECIPES = {
-    "digits": Recipe(digits, 50, 10, {"epochs": 60, "batch": 64, "rate": 5e-3}),
+    "digits": Recipe(digits, 20, 10, {"epochs": 40, "batch": 64, "rate": 5e-3}),
     "resnet56_cifar10": Recipe(resnet56, 10, 16, AT_LENGTH),
     "wrn40_4_cifar10": Recipe(wrn40_4, 50, 16, AT_LENGTH),
 }

@@ -46,6 +46,8 @@ from exporter.methods.nonn.students import (
 from exporter.methods.nonn.teacher import filter_layer, teacher_of
 from exporter.report import rewrite_report
 from exporter.training import TrainOptions, cross_entropy, train
+from exporter.zoo.resnet import cifar_resnet
+from exporter.zoo.wrn import wide_resnet
 
 FLEET = """shoal: 1
 fleet: class
@@ -284,6 +286,8 @@ def test_students_are_taught_in_the_order_of_their_filters(school: School) -> No
 def test_filters_are_those_of_the_last_convolution_before_the_classification() -> None:
     graph = layer_graph(small_teacher())
     assert filter_layer(graph) == "conv2_relu"
+    assert filter_layer(layer_graph(cifar_resnet(8))) == "stage3_1_relu"
+    assert filter_layer(layer_graph(wide_resnet(10, (4, 8, 16)))) == "last_relu"
     dense = dense_builder(StudentShape(2, 6, (5,), "dense"))
     assert filter_layer(layer_graph(dense)) == "fc2"
     inputs = keras.Input((5,), name="in")
