@@ -161,11 +161,14 @@ def test_exits_are_the_same_traced_and_evaluated() -> None:
 
     heard = tf.constant(votes & PRESENT[:30])
     traced = net.forward(x, tf.constant(PRESENT[:30]), heard, training=False)
-    parts = keras_parts(net)
+    parts = keras_parts(net, unseen_guess=3)
     evaluated = parts.exits(parts.listen(VIEWS[:30], PRESENT[:30]), votes)
 
+    seen = (votes & PRESENT[:30]).any(axis=1)
     for name, scores in evaluated.items():
-        np.testing.assert_allclose(traced[name].numpy(), scores, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(traced[name].numpy()[seen], scores[seen], rtol=1e-4, atol=1e-5)
+        assert (scores[~seen].argmax(axis=1) == 3).all()  # nobody sees it: a guess, and unsure
+        assert np.abs(scores[~seen]).max() < 0.01
 
 
 def test_mistaken_inputs_are_all_named() -> None:
