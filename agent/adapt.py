@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.protocol.adaptation import CostTable, configuration_map
+from agent.protocol.adaptation import MESSAGE_OVERHEAD_BYTES, CostTable, configuration_map
 from agent.protocol.errors import ManifestError
 from agent.protocol.messages import Decision
 from agent.protocol.plan import Adaptation, Plan
@@ -253,6 +253,8 @@ PROBE_BYTES = 1000
 PROBE_EVERY_S = 5.0
 """How long a bandwidth that nothing measures is believed."""
 STATES = 64
+PATIENCE = 0.8
+"""Of the latency required: the rest is for what no profile knows, such as a busy device."""
 
 
 class Adapter:
@@ -322,14 +324,16 @@ class Adapter:
             other = max(quick, key=lambda i: (self._table.accuracy[i], -takes[i]))
         else:
             other = min(silent, key=lambda i: float(takes[i]))
-        return other, max(0.0, limit_ms - 1.5 * float(takes[other]) - self._link_ms)
+        spare_ms = PATIENCE * limit_ms - 1.5 * float(takes[other]) - self._link_ms
+        return other, max(0.0, spare_ms)
 
     def decided(self, strategy: int, decision: Decision) -> None:
         """A request was decided: what its messages took tells the bandwidth."""
         if self._table.sent_bits[strategy] == 0 or decision.bytes_received == 0:
             return
         sending_ms = decision.latency.wire_ms - self._link_ms
-        self._observe(8e3 * decision.bytes_received / max(sending_ms, 1e-3))
+        size_bytes = decision.bytes_received + MESSAGE_OVERHEAD_BYTES
+        self._observe(8e3 * size_bytes / max(sending_ms, 1e-3))
 
     def silent(self, strategy: int) -> None:
         """A request was not decided in time: the link has carried less than that."""

@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +18,13 @@ import pytest
 from conftest import Mosquitto
 from support import eventually
 from test_adapt import table
+from test_netem import free_subnet, needs_root
 
 from agent.ask import Asker
+from agent.broker import start_broker
 from agent.device import RunningDevice
 from agent.link import BrokerAddress
+from agent.netem import Conditions, EmulatedLink, Schedule
 from agent.protocol.errors import DataError, PlanDoesNotFit
 from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest, read_manifest
@@ -233,6 +238,41 @@ def test_a_silent_server_is_answered_for_in_time(fleet, manifest, data, monkeypa
     assert manifest.plan.adaptation is not None
     assert manifest.plan.adaptation.costs[names.index(decision.strategy)].sent_bytes == 0
     assert pending.round_trip_ms < 400
+
+
+@needs_root
+@pytest.mark.broker
+def test_bandwidth_of_an_emulated_link_is_measured_and_minded(
+    bundle: Path, manifest: Manifest, mosquitto: Mosquitto, data: DataSet
+) -> None:
+    assert manifest.plan.adaptation is not None
+    costs = manifest.plan.adaptation.costs
+    most = max(range(len(costs)), key=lambda i: costs[i].sent_bytes)
+    rate = 1e5
+    conditions = Conditions(Schedule([(1.0, rate)]), delay_s=0.001)
+    with (
+        EmulatedLink(conditions, conditions, subnet=free_subnet()) as link,
+        start_broker(host=link.outside) as broker,
+    ):
+        address = BrokerAddress(broker.host, broker.port)
+        line = [sys.executable, "-m", "agent", "run", "--device", "server"]
+        line += ["--bundle", str(bundle), "--broker", f"{broker.host}:{broker.port}"]
+        server = subprocess.Popen(link.command(line), stderr=subprocess.DEVNULL)
+        eye = RunningDevice(bundle, "eye", address, stop=threading.Event())
+        try:
+            eye.start()
+            with Asker(manifest, load_fleet(bundle / "fleet.yaml"), address) as asker:
+                assert eventually(lambda: len(asker.statuses()) == 2, 20)
+                assert asker.adapter is not None
+                for _ in range(10):
+                    asker.ask(data.test.frames[0], strategy=most)
+                measured = asker.adapter.bits_per_s
+        finally:
+            eye.close()
+            server.terminate()
+            server.wait(10)
+
+    assert rate / 4 < measured < rate * 2
 
 
 def test_a_fleet_of_other_roles_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from agent.protocol.errors import ManifestError
 
 Reals = NDArray[np.float64]
 
+MESSAGE_OVERHEAD_BYTES = 90
+"""What IP, TCP and MQTT with its topic add to a payload that fits one packet."""
+
 
 @dataclass(frozen=True, eq=False)
 class CostTable:

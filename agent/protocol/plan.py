@@ -216,7 +216,7 @@ class StrategyCost(Contract):
 
     Attributes:
         compute_ms: On all its devices together, predicted or measured.
-        sent_bytes: Payload between its devices.
+        sent_bytes: Between its devices, headers of the network included.
         messages: How many messages that is.
         accuracy: Share of inputs that it gets right.
     """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.protocol.adaptation import MESSAGE_OVERHEAD_BYTES
 from agent.protocol.errors import DataError
 from agent.protocol.fleet import Device, Fleet
 from agent.protocol.manifest import Figure
@@ -373,7 +374,9 @@ def _accuracies(
 
 
 def _sent_bytes(row: Sequence[Stage], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(feature_message_bytes(shapes[stage.piece]) for stage in row[:-1])
+    return sum(
+        feature_message_bytes(shapes[stage.piece]) + MESSAGE_OVERHEAD_BYTES for stage in row[:-1]
+    )
 
 
 def _messages(row: Sequence[Stage]) -> int:
