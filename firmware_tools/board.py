@@ -63,12 +63,14 @@ class Slots(_Data):
         bytes: Size of each.
         state: Of the two pages of flags.
         page_bytes: What is erased at once.
+        driver: flash_DRIVER.c writes it.
     """
 
     origin: tuple[int, int]
     bytes: int
     state: tuple[int, int]
     page_bytes: int
+    driver: Literal["memory"]
 
 
 class Board(_Data):

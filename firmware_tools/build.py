@@ -13,14 +13,18 @@ from pathlib import Path
 from agent.protocol.errors import PlanDoesNotFit, ShoalError
 
 from .board import Board
+from .slot_image import HEADER_BYTES, with_header
 
 FIRMWARE = Path(__file__).parent / "firmware"
 STACK_BYTES = 8192
 WATCHDOG_S = 20
+BOOTLOADER_BYTES = 4096
 WARNINGS = (
     "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wdouble-promotion", "-Werror",
 )  # fmt: skip
 COMMON = ("-std=c99", *WARNINGS, "-O2", "-ffunction-sections", "-fdata-sections")
+_SMALL = ("-Os", "-fno-tree-loop-distribute-patterns", "-fno-inline-small-functions")
+"""Of the bootloader, whose own memcpy must not become a call to itself."""
 _LOOP = ("shoal_agent.c", "shoal_crc.c", "shoal_frame.c")
 _PREFIX = {"arm": "arm-none-eabi-", "riscv": "riscv64-unknown-elf-"}
 APT_LINE = {
@@ -145,17 +149,15 @@ def build_image(
         room = board.flash.bytes
         if slot is not None:
             assert board.slots is not None
-            room = board.slots.bytes
+            room = board.slots.bytes - HEADER_BYTES
         flash = min(flash_bytes or room, room)
         ram = min(ram_bytes or board.ram.bytes, board.ram.bytes)
     (out / "shoal_image.c").write_text(
         _image_text(board, sources, flash=flash, ram=ram, version=version), encoding="utf-8"
     )
     files = [out / "shoal_image.c", *sorted(sources.folder.glob("*.c"))]
-    files += [
-        FIRMWARE / name
-        for name in (*_LOOP, "shoal_slot_none.c" if slot is None else "shoal_slot.c")
-    ]
+    of_slot = "shoal_slot_none.c" if slot is None else "shoal_slot.c"
+    files += [FIRMWARE / name for name in (*_LOOP, of_slot)]
     include = ["-I", str(out), "-I", str(FIRMWARE), "-I", str(sources.folder)]
     if board is None:
         return _build_host(files, include, out)
@@ -163,18 +165,85 @@ def build_image(
     (out / "memory.ld").write_text(
         _memory_text(board, flash=flash, ram=ram, slot=slot, stack_bytes=stack_bytes), "utf-8"
     )
+    files += [FIRMWARE / "main.c", *([] if slot is None else _slot_files(board))]
+    image = _link(
+        board, [*files, *_port_files(board)], include, out / "image", ("-O2",), flash, ram
+    )
+    if slot is not None:
+        assert image.binary is not None
+        image.binary.write_bytes(with_header(image.binary.read_bytes(), version))
+    return image
+
+
+def build_bootloader(board: Board, out: Path) -> Image:
+    """Build the bootloader of a board with slots.
+
+    Args:
+        board: Which.
+        out: Folder to write to; created.
+
+    Raises:
+        PlanDoesNotFit: it exceeds BOOTLOADER_BYTES.
+        ShoalError: no compiler.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "shoal_board.h").write_text(board_header(board, None), encoding="utf-8")
+    ram = board.ram.bytes
+    (out / "memory.ld").write_text(
+        _memory_text(board, flash=BOOTLOADER_BYTES, ram=ram, slot=None, stack_bytes=2048), "utf-8"
+    )
+    files = [
+        FIRMWARE / name for name in ("boot_main.c", "boot_an3155.c", "boot_memory.c", "shoal_crc.c")
+    ]
+    files += [*_slot_files(board), *_port_files(board)]
+    include = ["-I", str(out), "-I", str(FIRMWARE)]
+    return _link(board, files, include, out / "bootloader", _SMALL, BOOTLOADER_BYTES, ram)
+
+
+def build_boot_host(board: Board, out: Path) -> Path:
+    """Build the bootloader's decisions for this machine, on a flash that is a file: boot_host.c."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "shoal_board.h").write_text(board_header(board, None), encoding="utf-8")
+    names = ("boot_host.c", "boot_state.c", "shoal_sha256.c", "shoal_crc.c")
+    program = out / "boot_host"
+    command = [
+        compiler("host"), *COMMON, "-I", str(out), "-I", str(FIRMWARE),
+        *(str(FIRMWARE / name) for name in names), "-o", str(program),
+    ]  # fmt: skip
+    _compile(command, 0, 0)
+    return program
+
+
+def _slot_files(board: Board) -> list[Path]:
+    assert board.slots is not None
+    names = ("boot_state.c", "shoal_sha256.c", f"flash_{board.slots.driver}.c")
+    return [FIRMWARE / name for name in names]
+
+
+def _port_files(board: Board) -> list[Path]:
     port = "port_rv32.c" if board.toolchain == "riscv" else "port_cortex_m.c"
-    files += [FIRMWARE / name for name in ("main.c", port, f"uart_{board.uart.driver}.c")]
-    elf, map_file, binary = out / "image.elf", out / "image.map", out / "image.bin"
+    return [FIRMWARE / port, FIRMWARE / f"uart_{board.uart.driver}.c"]
+
+
+def _link(
+    board: Board,
+    files: Sequence[Path],
+    include: Sequence[str],
+    target: Path,
+    optimize: Sequence[str],
+    flash: int,
+    ram: int,
+) -> Image:
+    elf, map_file, binary = (target.with_suffix(end) for end in (".elf", ".map", ".bin"))
     libraries = (
         ["--specs=nano.specs", "--specs=nosys.specs"]
         if board.toolchain == "arm"
         else ["--specs=picolibc.specs"]
     )
     command = [
-        compiler(board.toolchain), *board.flags, *COMMON, *include,
+        compiler(board.toolchain), *board.flags, *COMMON, *optimize, *include,
         *map(str, files), "-o", str(elf),
-        *libraries, "-nostartfiles", "-L", str(FIRMWARE), "-T", str(out / "memory.ld"),
+        *libraries, "-nostartfiles", "-L", str(FIRMWARE), "-T", str(target.parent / "memory.ld"),
         f"-Wl,--gc-sections,-Map={map_file},--no-warn-rwx-segments", "-lm",
     ]  # fmt: skip
     _compile(command, flash, ram)
@@ -227,7 +296,7 @@ def board_header(board: Board, slot: int | None) -> str:
     origin = board.flash.origin
     if slot is not None:
         assert board.slots is not None
-        origin = board.slots.origin[slot]
+        origin = board.slots.origin[slot] + HEADER_BYTES
     lines = {
         "UART_BASE": f"0x{board.uart.base:08X}U",
         "UART_RX_IRQ": str(board.uart.rx_irq),
@@ -272,7 +341,7 @@ def _memory_text(board: Board, *, flash: int, ram: int, slot: int | None, stack_
     origin = board.flash.origin
     if slot is not None:
         assert board.slots is not None
-        origin = board.slots.origin[slot]
+        origin = board.slots.origin[slot] + HEADER_BYTES
     return (
         f"/* Generated by `shoal build` from boards/{board.name}.yaml; do not edit. */\n"
         f"shoal_stack_bytes = {stack_bytes};\n"

@@ -87,7 +87,8 @@ def flash_stm32(
     content: bytes,
     progress: Callable[[int], None] = lambda _: None,
     *,
-    parity: str = "E",
+    pty: bool = False,
+    go: bool = True,
 ) -> None:
     """Write bytes through a bootloader that speaks ST AN3155, and read them back.
 
@@ -97,7 +98,8 @@ def flash_stm32(
         address: Where the first byte goes.
         content: What to write.
         progress: Called with bytes written, then with bytes read back: twice the content in all.
-        parity: "E" for the ROM of a chip; "N" where the port has none, as a pseudo terminal.
+        pty: It is a pseudo terminal, which has no parity and no lines for reset and BOOT0.
+        go: Start what was written.
 
     Raises:
         ShoalError: stm32loader is not installed, or what was read back differs.
@@ -108,8 +110,9 @@ def flash_stm32(
         from stm32loader.uart import SerialConnection
     except ModuleNotFoundError:
         raise ShoalError("flashing needs stm32loader", PIP_LINE) from None
-    connection = SerialConnection(path, baud, parity)
-    connection.timeout = 5
+    connection = SerialConnection(path, baud, "N" if pty else "E")
+    if pty:
+        connection.enable_reset = connection.enable_boot0 = lambda *_: None
     try:
         connection.connect()
     except OSError as error:
@@ -129,7 +132,8 @@ def flash_stm32(
             if read != part:
                 raise ShoalError(f"what was written at 0x{address + at:08x} reads back otherwise")
             progress(len(part))
-        loader.go(address)
+        if go:
+            loader.go(address)
     except (CommandError, PageIndexError, OSError) as error:
         raise DeviceUnreachable(
             f"{path}: the bootloader does not answer as AN3155 says: {error}",
