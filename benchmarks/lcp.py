@@ -24,14 +24,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.datasets import ROOT, npz_path
+from benchmarks.ddnn import BRIEF
 from benchmarks.record import RESULTS, circumstances, load, machine_line, save
 from exporter.methods.lcp.counts import split_counts
 from exporter.training import Checkpoint, TrainOptions, train
 from exporter.zoo.papers import CIFARNET_BN, NETWORKS, PaperNetwork
-
-for threads in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
-    os.environ.setdefault(threads, "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 NAME = "lcp"
 CACHE = ROOT / ".cache" / "lcp"
@@ -345,22 +342,7 @@ def _mean(values: Sequence[float]) -> str:
 def draw() -> str:
     """The tables, Markdown."""
     told = result()
-    lines = [
-        "# LCP: branches in parallel, merged once",
-        "",
-        "Trained parameters and multiply-accumulates as counted from the layouts "
-        "(`shoal counts lcp`).",
-        "",
-        "| network | split | classes | parameters | paper | MACs | note |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in told["counts"]:
-        split = f"{row['split']}" + (f"-f{row['fatten']}" if row["fatten"] else "")
-        paper = {None: "differs", row["params"]: "equal"}.get(row["paper"], f"{row['paper']}")
-        lines.append(
-            f"| {row['model']} | {split} | {row['classes']} | {row['params']:,} | {paper} | "
-            f"{row['macs'] / 1e6:,.3f} M | {row['note'] or '-'} |"
-        )
+    lines = ["# LCP: branches in parallel, merged once"]
     if told["digits"]:
         lines += _digits_lines(told["digits"])
     if told["runs"]:
@@ -375,8 +357,27 @@ def draw() -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_line(name, list(runs.values())) for name, runs in _in_order(told["runs"])]
+    lines += ["", BRIEF, "", *_counts_lines(told["counts"])]
     lines += ["", f"Measured at {machine_line(told)}.", ""]
     return "\n".join(lines)
+
+
+def _counts_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "Trained parameters and multiply-accumulates as counted from the layouts "
+        "(`shoal counts lcp`).",
+        "",
+        "| network | split | classes | parameters | paper | MACs | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        split = f"{row['split']}" + (f"-f{row['fatten']}" if row["fatten"] else "")
+        paper = {None: "differs", row["params"]: "equal"}.get(row["paper"], f"{row['paper']}")
+        lines.append(
+            f"| {row['model']} | {split} | {row['classes']} | {row['params']:,} | {paper} | "
+            f"{row['macs'] / 1e6:,.3f} M | {row['note'] or '-'} |"
+        )
+    return lines
 
 
 def _digits_lines(digits: dict[str, Any]) -> list[str]:
@@ -432,6 +433,9 @@ def _line(name: str, runs: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Count, or train."""
+    for threads in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        os.environ.setdefault(threads, "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
