@@ -45,10 +45,18 @@ def residual() -> Any:
     return keras.Model(frame, layers.Dense(6, name="logits")(x), name="residual")
 
 
+def padded() -> Any:
+    """The published CIFAR ResNet of 8 layers: shortcuts that skip pixels and pad channels."""
+    from exporter.zoo.resnet import cifar_resnet
+
+    return cifar_resnet(8, 4, input_shape=(8, 8, 3))
+
+
 def with_random_weights(model: Any) -> Any:
     """The model, every weight drawn; variances positive."""
     rng = np.random.default_rng(1)
     for weight in model.weights:
-        drawn = rng.normal(0, 0.4, weight.shape).astype(np.float32)
-        weight.assign(drawn**2 + 0.1 if "variance" in weight.path else drawn)
+        spread = max(2.0, float(np.prod(weight.shape[:-1]))) ** -0.5
+        drawn = rng.normal(0, spread, weight.shape).astype(np.float32)
+        weight.assign(drawn**2 + 0.5 if "variance" in weight.path else drawn)
     return model

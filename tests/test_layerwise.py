@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from small_divided import chain, residual, with_random_weights
+from small_divided import chain, padded, residual, with_random_weights
 
 from agent.protocol.errors import UnsupportedLayer
 from exporter.cost.platform import load_platform
@@ -50,7 +50,7 @@ def test_pooling_before_sending_saves_more() -> None:
 
 @pytest.mark.parametrize("rules", [Rules(), PAPER, LOP_ONLY])
 @pytest.mark.parametrize("devices", [2, 3, 5])
-@pytest.mark.parametrize("build", [chain, residual])
+@pytest.mark.parametrize("build", [chain, residual, padded])
 def test_no_division_sends_less_than_the_cheapest(build, devices: int, rules: Rules) -> None:
     network = hub_graph(layer_graph(build()))
     least = min(
@@ -89,7 +89,7 @@ def test_parts_together_calculate_as_often_as_the_whole(network: HubGraph) -> No
 
 
 @pytest.mark.parametrize("rules", [Rules(), PAPER])
-@pytest.mark.parametrize("build", [chain, residual])
+@pytest.mark.parametrize("build", [chain, residual, padded])
 def test_every_division_computes_what_the_network_computes(build, rules: Rules) -> None:
     model = with_random_weights(build())
     traced = trace(model)
@@ -97,7 +97,8 @@ def test_every_division_computes_what_the_network_computes(build, rules: Rules) 
     originals = {call.name: call.layer for call in traced.calls}
     x = np.random.default_rng(0).normal(size=(4, *model.input_shape[1:])).astype(np.float32)
     single = np.asarray(model(x))
-    for schemes in list(every_division(network, rules))[::3]:
+    divisions = list(every_division(network, rules))
+    for schemes in divisions[:: len(divisions) // 4]:
         places: tuple[Place, ...] = divide(network, schemes, 3, rules)
 
         def run(part: Part, values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -111,9 +112,7 @@ def test_every_division_computes_what_the_network_computes(build, rules: Rules) 
 def test_more_devices_than_channels_leaves_some_idle() -> None:
     network = hub_graph(layer_graph(chain()))
     places = divide(network, cheapest(network, 8, LOP_ONLY).schemes, 8, LOP_ONLY)
-    assert {place.device for place in places if ".logits." in place.name} == set(
-        range(5)
-    )
+    assert {place.device for place in places if ".logits." in place.name} == set(range(5))
 
 
 def test_layers_that_mix_slices_are_all_named() -> None:

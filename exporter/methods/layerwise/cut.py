@@ -37,7 +37,7 @@ class Part:
         bias: Whether the kernel's bias is added here.
         activation: The nonlinearity of the kernel or join, where it is applied here.
         tail: Channel-wise layers after it.
-        picks: Only hands on the channels `makes` of what comes.
+        picks: Only hands on the channels `makes` of what `lead` gives.
     """
 
     name: str
@@ -62,13 +62,9 @@ class Part:
         """Positions in the last axis of the whole network's tensor that the kernel reads."""
         if self.kernel is not None and len(self.reads) == self.total:
             return tuple(range(self.kernel.weight_shapes[0][-2]))
-        places = prod(self.input_shape[:-1]) if self.flattens else 1
+        flat = next((layer for layer in self.lead if layer.flow is Flow.FLATTEN), None)
+        places = 1 if flat is None else flat.channels // self.total
         return tuple(p * self.total + c for p in range(places) for c in self.reads)
-
-    @property
-    def flattens(self) -> bool:
-        """Whether channels and positions become one axis before the kernel."""
-        return any(layer.flow is Flow.FLATTEN for layer in self.lead)
 
 
 @dataclass(frozen=True)
@@ -190,16 +186,19 @@ class _Divider:
         return self.slices[hub.name]
 
     def _by_filters(self, hub: Hub) -> None:
-        kernel = hub.maker
+        """Each device makes some channels from all of the input; of a shortcut: picks them."""
+        maker = hub.maker
         source = self.network.hubs[self.network.reads[hub.name]]
         heard = [] if source.name in self.network.graph.inputs else self._all_of(source)
+        kernel = maker if maker.flow is Flow.MAKE else None
         self.slices[hub.name] = []
-        for d, own in enumerate(self._ranges(kernel.channels)):
+        for d, own in enumerate(self._ranges(maker.channels)):
             name = f"{self.names[hub.name]}.{d}"
             part = Part(
                 name, d, _shape(source), source.channels, range(source.channels), own,
-                lead=source.spread if heard else (*source.glue, *source.spread),
-                kernel=kernel, activation=kernel.activation, tail=self._own_glue(hub),
+                lead=self.network.leads[hub.name], kernel=kernel, picks=kernel is None,
+                activation=kernel.activation if kernel is not None else None,
+                tail=self._own_glue(hub),
             )  # fmt: skip
             fusion = Fusion.CONCAT if heard else None
             self.slices[hub.name].append(self._add(name, d, heard, fusion, part))
@@ -220,7 +219,7 @@ class _Divider:
             shape = (*_shape(source)[:-1], len(channels))
             part = Part(
                 name, d, shape, source.channels, channels, every,
-                lead=source.spread, kernel=kernel, bias=d == 0,
+                lead=self.network.leads[hub.name], kernel=kernel, bias=d == 0,
             )  # fmt: skip
             partial.append(self._add(name, d, [heard[d]], Fusion.CONCAT, part))
         name = f"{self.names[hub.name]}.sum"
@@ -236,30 +235,25 @@ class _Divider:
         name = f"{self.names[hub.name]}.cut{device}"
         frame = source.name in self.network.graph.inputs
         every = range(source.channels)
-        part = Part(
-            name, HOLDER, source.maker.output_shape if frame else _shape(source), source.channels,
-            every, channels, lead=source.glue if frame else (), picks=True,
-        )  # fmt: skip
+        part = Part(name, HOLDER, _shape(source), source.channels, every, channels, picks=True)
         heard = [] if frame else [self.whole[source.name]]
         return self._add(name, HOLDER, heard, None if frame else Fusion.CONCAT, part)
 
     def _decide(self) -> None:
-        hub = self.network.hubs[self.network.output]
+        hub, lead = self.network.hubs[self.network.output], self.network.output_lead
         if hub.name in self.whole:
             last = self.places.pop(self.whole[hub.name])
             part = last.part
-            if part is not None or hub.spread:
+            if part is not None or lead:
                 part = part or Part(
                     last.name, self.devices, _shape(hub), hub.channels,
                     range(hub.channels), range(hub.channels),
                 )  # fmt: skip
-                part = replace(part, name=DECISION, tail=(*part.tail, *hub.spread))
+                part = replace(part, name=DECISION, tail=(*part.tail, *lead))
             hears, fusion = last.hears, last.fusion
         else:
             every = range(hub.channels)
-            part = Part(
-                DECISION, self.devices, _shape(hub), hub.channels, every, every, tail=hub.spread
-            )
+            part = Part(DECISION, self.devices, _shape(hub), hub.channels, every, every, tail=lead)
             hears, fusion = tuple(self.slices[hub.name]), Fusion.CONCAT
         self._add(DECISION, self.devices, hears, fusion, part)
 
@@ -332,15 +326,16 @@ def part_graph(part: Part) -> LayerGraph:
     flat = False
     for layer in part.lead:
         flat = flat or layer.flow is Flow.FLATTEN
-        channels = len(part.reads)
-        if flat:
-            channels = len(part.rows()) if len(part.reads) < part.total else layer.channels
+        channels = layer.channels
+        if len(part.reads) < part.total:
+            channels = len(part.rows()) if flat else len(part.reads)
         add(layer, (*layer.output_shape[:-1], channels), **_scaled(layer, channels))
     if part.picks:
-        weights = len(part.reads) * len(part.makes)
+        whole_channels = layers[-1].channels
+        weights = whole_channels * len(part.makes)
         shape = (*layers[-1].output_shape[:-1], len(part.makes))
         pick = Layer("pick", "Conv2D", (), shape, Flow.MAKE)
-        add(pick, shape, **_kernel((1, 1, len(part.reads), len(part.makes)), shape, weights, 0))
+        add(pick, shape, **_kernel((1, 1, whole_channels, len(part.makes)), shape, weights, 0))
     if part.kernel is not None:
         kernel = part.kernel
         whole = kernel.weight_shapes[0]

@@ -37,7 +37,7 @@ def part_model(part: Part, originals: Mapping[str, keras.layers.Layer]) -> keras
         channels = makes
     made = np.asarray(part.makes, np.intp)
     if part.picks:
-        x = _pick(x, len(part.reads), part.makes)
+        x = _pick(x, part.makes)
     if part.kernel is not None:
         reads = np.asarray(part.rows(), np.intp)
         x = _kernel(x, part, originals[part.kernel.name], reads, made)
@@ -53,6 +53,8 @@ def part_model(part: Part, originals: Mapping[str, keras.layers.Layer]) -> keras
 
 def _spread(channels: np.ndarray[Any, Any], layer: Layer, total: int) -> np.ndarray[Any, Any]:
     """Positions in the last axis of a layer's output, given those in the last of its input."""
+    if layer.flow is Flow.PAD:
+        return np.arange(layer.channels)
     if layer.flow is not Flow.FLATTEN:
         return channels
     places = np.arange(layer.channels // total)
@@ -92,11 +94,11 @@ def _kernel(
     return y
 
 
-def _pick(x: Any, channels: int, makes: range) -> Any:
+def _pick(x: Any, makes: range) -> Any:
     """Some of the channels, by a kernel of ones and zeros: exact."""
     import keras
 
-    chosen = np.zeros((channels, len(makes)), np.float32)
+    chosen = np.zeros((x.shape[-1], len(makes)), np.float32)
     chosen[list(makes), range(len(makes))] = 1
     if len(x.shape) == 2:
         layer = keras.layers.Dense(len(makes), use_bias=False, name="pick")

@@ -21,6 +21,8 @@ from enum import Enum
 from fractions import Fraction
 from itertools import product
 
+from exporter.graph import Flow
+
 from .steps import HubGraph
 
 
@@ -166,21 +168,12 @@ def _follows(network: HubGraph, hub: str) -> bool:
 
 
 def _allowed(network: HubGraph, kernel: str, rules: Rules) -> tuple[Scheme, ...]:
-    source = network.reads[kernel]
-    alone = len(network.readers[source]) == 1 and source not in _shared_with_join(network)
+    alone = len(network.readers[network.reads[kernel]]) == 1
     stays = kernel in network.joined or len(network.readers[kernel]) > 1
-    if not rules.lip or not alone or stays:
+    pads = any(layer.flow is Flow.PAD for layer in network.leads[kernel])
+    if not rules.lip or not alone or stays or pads:
         return (Scheme.LOP,)
     return (Scheme.LOP, Scheme.LIP)
-
-
-def _shared_with_join(network: HubGraph) -> frozenset[str]:
-    """Hubs of kernels that both a kernel and a join read; a join's own slices are at hand."""
-    return frozenset(
-        name
-        for name in network.joined
-        if network.readers[name] and not network.hubs[name].joins and network.is_kernel(name)
-    )
 
 
 def step_traffic(

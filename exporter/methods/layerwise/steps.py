@@ -1,8 +1,9 @@
 """A network as layer-wise parallelism sees it: kernels, and what stands between them.
 
 A *hub* is a tensor that devices may hold in slices of channels: the frame, what a kernel gives once
-everything channel-wise after it has run, or a sum of such tensors. A *step* is a kernel that reads
-one hub.
+everything channel-wise after it has run, a sum of such tensors, or what a shortcut without a kernel
+makes of one (pooled, padded with channels). A *step* is a kernel or such a shortcut: it reads one
+hub.
 """
 
 from __future__ import annotations
@@ -28,16 +29,14 @@ class Hub:
     """A tensor that is held whole or in slices of channels.
 
     Attributes:
-        maker: The layer that starts it: the input, a kernel, or a join.
-        glue: Channel-wise layers after it, in order, that run where its slices are.
-        spread: What comes after the glue and before whoever reads it, in order: from the first
-            layer on that mixes positions with channels (flatten).
+        maker: The layer that starts it: the input, a kernel, a join, a shortcut's last.
+        glue: Channel-wise layers after it that all its readers need, in order: they run where its
+            slices are.
         joins: Makers of the hubs that a join joins; empty for others.
     """
 
     maker: Layer
-    glue: tuple[Layer, ...]
-    spread: tuple[Layer, ...]
+    glue: tuple[Layer, ...] = ()
     joins: tuple[str, ...] = ()
 
     @property
@@ -67,18 +66,21 @@ class HubGraph:
 
     Attributes:
         hubs: By the name of their maker.
-        reads: By the name of a kernel: the hub that it reads.
-        output: The hub that the network returns.
+        reads: By the name of a kernel or shortcut: the hub that it reads.
+        leads: By the same: the layers between that hub and it, in order.
+        output: The hub that the network returns, once `output_lead` has run.
     """
 
     graph: LayerGraph
     hubs: Mapping[str, Hub]
     reads: Mapping[str, str]
+    leads: Mapping[str, tuple[Layer, ...]]
     output: str
+    output_lead: tuple[Layer, ...]
 
     @cached_property
     def readers(self) -> Mapping[str, tuple[str, ...]]:
-        """Kernels that read each hub."""
+        """Kernels and shortcuts that read each hub."""
         return {
             hub: tuple(name for name, read in self.reads.items() if read == hub)
             for hub in self.hubs
@@ -90,7 +92,7 @@ class HubGraph:
         return frozenset(name for hub in self.hubs.values() for name in hub.joins)
 
     def is_kernel(self, hub: str) -> bool:
-        """Whether a hub is what a kernel gives."""
+        """Whether a hub is what a kernel or a shortcut gives."""
         return hub in self.reads
 
 
@@ -101,45 +103,52 @@ def hub_graph(graph: LayerGraph) -> HubGraph:
         UnsupportedLayer: layers that no device could run on a slice; all of them.
     """
     problems: list[str] = []
-    hub_of: dict[str, str] = {}
-    tails: dict[str, list[Layer]] = {}
-    hubs: dict[str, tuple[Layer, tuple[str, ...]]] = {}
+    makers: dict[str, Layer] = {}
+    glue: dict[str, list[Layer]] = {}
+    joins: dict[str, tuple[str, ...]] = {}
     reads: dict[str, str] = {}
-    ends: dict[str, str] = {}
+    leads: dict[str, tuple[Layer, ...]] = {}
+    # Of each layer: its hub, and the layers from there that are not the hub's own.
+    at: dict[str, tuple[str, tuple[Layer, ...]]] = {}
+
+    def start(layer: Layer, joined: tuple[str, ...] = ()) -> None:
+        makers[layer.name], glue[layer.name], joins[layer.name] = layer, [], joined
+        at[layer.name] = (layer.name, ())
+
     for layer in graph.layers:
-        makes = layer.flow is Flow.MAKE or layer.flow is Flow.SOURCE
-        if makes or layer.flow is Flow.JOIN:
-            hubs[layer.name] = (layer, tuple(hub_of[name] for name in layer.inputs))
-            tails[layer.name] = []
-            for name in layer.inputs:
-                source = hub_of[name]
-                if ends.setdefault(source, name) != name:
-                    problems.append(f"{layer.name}: reads {source} from two different places")
-            if layer.flow is Flow.MAKE:
-                reads[layer.name] = hub_of[layer.inputs[0]]
-            if layer.flow is Flow.JOIN and set(hubs[layer.name][1]) & set(graph.inputs):
-                problems.append(f"{layer.name} ({layer.op}): adds the frame itself")
-            if layer.flow is Flow.JOIN and layer.op not in JOINS:
+        if layer.flow is Flow.SOURCE:
+            start(layer)
+        elif layer.flow is Flow.MAKE:
+            reads[layer.name], leads[layer.name] = at[layer.inputs[0]]
+            start(layer)
+        elif layer.flow is Flow.JOIN:
+            if layer.op not in JOINS:
                 problems.append(f"{layer.name} ({layer.op}): no fusion does the same")
-            hub_of[layer.name] = layer.name
-        elif layer.flow in (Flow.PASS, Flow.FLATTEN):
-            hub = hub_of[layer.name] = hub_of[layer.inputs[0]]
-            expected = tails[hub][-1].name if tails[hub] else hub
-            if layer.inputs[0] != expected:
-                problems.append(f"{layer.name} ({layer.op}): branches off after {layer.inputs[0]}")
-            tails[hub].append(layer)
+            joined = []
+            for name in layer.inputs:
+                hub, lead = at[name]
+                if lead and lead[-1].name not in makers:
+                    start(lead[-1])
+                    reads[lead[-1].name], leads[lead[-1].name] = hub, lead
+                elif not lead and hub in graph.inputs:
+                    problems.append(f"{layer.name} ({layer.op}): adds the frame itself")
+                joined.append(lead[-1].name if lead else hub)
+            start(layer, tuple(joined))
+        elif layer.flow in (Flow.PASS, Flow.FLATTEN, Flow.PAD):
+            hub, lead = at[layer.inputs[0]]
+            alone = len(graph.readers[layer.inputs[0]]) == 1 and hub not in graph.inputs
+            if layer.flow is Flow.PASS and alone and not lead:
+                glue[hub].append(layer)
+                at[layer.name] = (hub, ())
+            else:
+                at[layer.name] = (hub, (*lead, layer))
         else:
             problems.append(f"{layer.name} ({layer.op}): mixes channels of different slices")
-            hub_of[layer.name] = hub_of[layer.inputs[0]]
+            at[layer.name] = at[layer.inputs[0]]
     if problems:
         raise UnsupportedLayer(
             "\n".join(f"{graph.name}: {problem}" for problem in problems),
             "layerwise divides plain chains of convolutions and dense layers, and sums of them",
         )
-    made = {name: _hub(layer, tuple(tails[name]), joins) for name, (layer, joins) in hubs.items()}
-    return HubGraph(graph, made, reads, hub_of[graph.outputs[0]])
-
-
-def _hub(maker: Layer, tail: tuple[Layer, ...], read: tuple[str, ...]) -> Hub:
-    cut = next((i for i, layer in enumerate(tail) if layer.flow is Flow.FLATTEN), len(tail))
-    return Hub(maker, tail[:cut], tail[cut:], read if maker.flow is Flow.JOIN else ())
+    hubs = {name: Hub(maker, tuple(glue[name]), joins[name]) for name, maker in makers.items()}
+    return HubGraph(graph, hubs, reads, leads, *at[graph.outputs[0]])
