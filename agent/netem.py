@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import heapq
+import math
 import os
 import random
 import secrets
@@ -26,14 +27,13 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 
 import click
-import numpy as np
 
 from agent.protocol.errors import DataError, ShoalError
-from agent.protocol.units import BITS_PER_S, MILLISECONDS, parse_quantity
 
 SUBNET = 7
 MTU = 1500
@@ -55,11 +55,11 @@ class Schedule:
 
     def __init__(self, steps: Iterable[tuple[float, float]]) -> None:
         rows = [(seconds, rate) for seconds, rate in steps if seconds > 0]
-        if not rows or not all(np.isfinite(row).all() and min(row) >= 0 for row in rows):
+        if not rows or not all(0 <= value < math.inf for row in rows for value in row):
             raise DataError("a link's rate needs steps of some seconds and at least 0 bit/s")
         self._rates = [rate for _, rate in rows]
-        self._ends = np.cumsum([seconds for seconds, _ in rows]).tolist()
-        self._bits = np.cumsum([seconds * rate for seconds, rate in rows]).tolist()
+        self._ends = list(accumulate(seconds for seconds, _ in rows))
+        self._bits = list(accumulate(seconds * rate for seconds, rate in rows))
 
     def crossed(self, now_s: float) -> float:
         """Bits that could have crossed since the start."""
@@ -262,6 +262,8 @@ def read_trace(source: str, scale: float = 1.0) -> Schedule:
     Raises:
         DataError: no such file or name, or rows of another form.
     """
+    import numpy as np
+
     name, _, key = source.partition("#")
     try:
         if name.endswith(".npz"):
@@ -276,7 +278,8 @@ def read_trace(source: str, scale: float = 1.0) -> Schedule:
         raise DataError(f"{name}: not a trace: {error}") from None
     if rows.ndim != 2 or rows.shape[1] < 2:
         raise DataError(f"{source}: rows must be (duration in ms, kbit/s), not {rows.shape}")
-    return Schedule(zip(rows[:, 0] / 1e3, rows[:, 1] * 1e3 * scale, strict=True))
+    rates = (rows[:, 1] * 1e3 * scale).tolist()
+    return Schedule(zip((rows[:, 0] / 1e3).tolist(), rates, strict=True))
 
 
 def _open_tun(name: str) -> int:
@@ -320,6 +323,8 @@ def netem(
 
     For it this machine is 10.213.7.1, and it is 10.213.7.2 for this machine.
     """
+    from agent.protocol.units import BITS_PER_S, MILLISECONDS, parse_quantity
+
     if (rate is None) == (trace is None):
         raise click.UsageError("give either --rate or --trace")
     try:
