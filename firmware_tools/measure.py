@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from agent.protocol.errors import DataError, DeviceUnreachable, ShoalError
 
-from .board import Board, board_names, load_board
+from .board import Board, Memory, Qemu, Uart, Watchdog, board_names, load_board
 
 HARNESS = Path(__file__).parent / "harness"
 PREFIX = {"arm": "arm-none-eabi-", "riscv": "riscv64-unknown-elf-"}
 LIBRARY = {"arm": (), "riscv": ("--specs=picolibc.specs",)}
+ENTRY = {"arm": (), "riscv": ("-Wl,-e,harness_entry",)}
 APT_LINE = {
     "arm": "apt-get install --no-install-recommends gcc-arm-none-eabi libnewlib-arm-none-eabi "
     "qemu-system-arm",
@@ -35,6 +36,23 @@ APT_LINE = {
 WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wdouble-promotion", "-Werror")
 ICOUNT_SHIFT = 5
 CALIBRATION_INSTRUCTIONS = 2_000_000
+RV32 = Board(
+    name="virt",
+    core="rv32imac",
+    codegen="rv32",
+    toolchain="riscv",
+    flags=("-march=rv32imac", "-mabi=ilp32"),
+    fpu=False,
+    vtor=False,
+    flash=Memory(origin=0x80000000, bytes=4 << 20),
+    ram=Memory(origin=0x80400000, bytes=4 << 20),
+    uart=Uart(driver="16550", base=0x10000000, rx_irq=10, tx_irq=10, baud=115200),
+    irqs=32,
+    tick_hz=10_000_000,
+    watchdog=Watchdog(driver="none"),
+    qemu=Qemu(binary="qemu-system-riscv32", machine="virt"),
+)
+"""What measures RISC-V code; no firmware is built for it."""
 SEED = 1
 """Of the input where none is given."""
 _HEX = re.compile(r"[0-9a-f]{2,}")
@@ -81,7 +99,7 @@ def target_board(target: str) -> Board:
     Raises:
         ShoalError: there is none.
     """
-    boards = [load_board(name) for name in board_names()]
+    boards = [*(load_board(name) for name in board_names()), RV32]
     found = [b for b in boards if b.codegen == target]
     if not found:
         targets = sorted({b.codegen for b in boards})
@@ -103,6 +121,7 @@ def measure_model(
     Raises:
         ShoalError: the model cannot be generated, a tool is missing, or the run failed.
     """
+    board = target_board(target)
     with tempfile.TemporaryDirectory() as folder:
         code = "from agent.cli import main; main()"
         command = [sys.executable, "-c", code, "codegen", str(model), "-o", folder]
@@ -118,7 +137,7 @@ def measure_model(
             rows = inputs.reshape(len(inputs), -1)
         if rows.shape[1] != size:
             raise DataError(f"the model takes {size} bytes, an input has {rows.shape[1]}")
-        return measure_piece(Path(folder), "piece", target_board(target), rows, timeout_s=timeout_s)
+        return measure_piece(Path(folder), "piece", board, rows, timeout_s=timeout_s)
 
 
 def measure_piece(
@@ -201,7 +220,8 @@ def _build(elf: Path, folder: Path, prefix: str, board: Board) -> None:
     command = [
         f"{PREFIX[board.toolchain]}gcc", *board.flags, *LIBRARY[board.toolchain],
         "-std=c99", *WARNINGS, "-O2", "-ffunction-sections", "-fdata-sections", "-nostartfiles",
-        f"-I{elf.parent}", f"-I{folder}", "-Wl,--gc-sections", f"-Wl,-T,{HARNESS / 'harness.ld'}",
+        *ENTRY[board.toolchain],
+        f"-I{elf.parent}", f"-I{folder}", "-Wl,--gc-sections", "-T", str(HARNESS / "harness.ld"),
         *(f"-Wl,--defsym={name}={value}" for name, value in memory.items()),
         str(HARNESS / "harness.c"), *(str(p) for p in sorted(folder.glob("*.c"))),
         "-o", str(elf),

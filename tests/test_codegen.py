@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from click.testing import CliRunner
-from exporter.codegen.command import codegen, prefix_of
 
 from agent.protocol.errors import DataError, UnsupportedLayer
 from benchmarks.datasets import npz_path
 from exporter.codegen import generate, write_piece
+from exporter.codegen.command import codegen, prefix_of
 from exporter.codegen.forms import FORMS, WARNINGS
+from exporter.codegen.host import Face
 from exporter.codegen.memory import Block, plan_memory
 from tests.tflite_graphs import ACTIVATIONS, GraphFile
 
@@ -33,20 +34,6 @@ FLAGS = ["-std=c99", "-O1", *WARNINGS.split()]
 SANITIZED = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
 CASES = 4
 SAMPLES = 4
-
-
-class _Face(ctypes.Structure):
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("input_bytes", ctypes.c_uint32),
-        ("output_bytes", ctypes.c_uint32),
-        ("arena_bytes", ctypes.c_uint32),
-        ("input_scale", ctypes.c_float),
-        ("input_zero_point", ctypes.c_int32),
-        ("output_scale", ctypes.c_float),
-        ("output_zero_point", ctypes.c_int32),
-        ("run", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +65,7 @@ def run(kernels: Path, tmp_path: Path) -> Run:
         source = str(tmp_path / f"{prefix}.c")
         command = ["gcc", *FLAGS, *SANITIZED, "-fPIC", "-shared", source, str(kernels)]
         subprocess.run([*command, "-o", str(library)], check=True)
-        face = _Face.in_dll(ctypes.CDLL(str(library)), f"{prefix}_piece")
+        face = Face.in_dll(ctypes.CDLL(str(library)), f"{prefix}_piece")
         guard = 64
         room = np.full(face.arena_bytes + 2 * guard + 16, 0x5A, np.uint8)
         start = guard + (-(room.ctypes.data + guard)) % 16

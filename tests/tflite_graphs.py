@@ -110,6 +110,7 @@ class GraphFile:
         return bytes(builder.Output())
 
 
-class _Aligned(flatbuffers.Builder):
+class _Aligned(flatbuffers.Builder):  # type: ignore[misc]
     def StartVector(self, elemSize: int, numElems: int, alignment: int) -> int:
-        return super().StartVector(elemSize, numElems, 16 if elemSize == 1 else alignment)
+        wanted = 16 if elemSize == 1 else alignment
+        return int(super().StartVector(elemSize, numElems, wanted))

@@ -594,7 +594,9 @@ def _depthwise(context: _Context, operator: Operator) -> Step:
             _table("int8_t", "_weights", packed),
             Constant("struct shoal_channel", "_channels", factors.rows, 16 * pixel),
         ),
-        kernel_height * _POINTER_BYTES + ring_rows * ring_row * 2,
+        kernel_height * _POINTER_BYTES
+        + ring_rows * ring_row * 2
+        + kernel_height * kernel_width * 4,
         (_rows_behind(rows, columns.size * channels, columns.out * channels),),
         rows.out * columns.out * data.size,
     )

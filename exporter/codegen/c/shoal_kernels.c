@@ -459,6 +459,21 @@ static struct output output_of(int32_t zero, int32_t low, int32_t high, uint8_t 
     return o;
 }
 
+#if defined(SHOAL_DSP)
+
+/* Clamps two channels of a row that was computed for all of int8. */
+static inline void clamp_pair(const struct output *o, int8_t *to, uint32_t pitch, uint32_t pixels)
+{
+    if (o->full == 0U) {
+        for (uint32_t x = 0U; x < pixels; x++) {
+            to[x * pitch] = (int8_t)clamped(to[x * pitch], o->low, o->high);
+            to[x * pitch + 1U] = (int8_t)clamped(to[x * pitch + 1U], o->low, o->high);
+        }
+    }
+}
+
+#endif
+
 /* One row of one pair of output channels. outputs: 2, or 1 where the second is padding. */
 static void conv_row(const struct shoal_conv *k, const struct dots *d, const struct output *o,
                      const int8_t *weights, const struct shoal_channel *c, uint32_t group_byte,
@@ -475,12 +490,7 @@ static void conv_row(const struct shoal_conv *k, const struct dots *d, const str
         widen_weights(weights, slab, d->segment_count * d->bytes / 2U);
         fast_row(&job);
         x = blocks * 2U;
-        if (o->full == 0U) {
-            for (uint32_t i = 0U; i < x; i++) {
-                to[i * pitch] = (int8_t)clamped(to[i * pitch], o->low, o->high);
-                to[i * pitch + 1U] = (int8_t)clamped(to[i * pitch + 1U], o->low, o->high);
-            }
-        }
+        clamp_pair(o, to, pitch, x);
     }
 #else
     (void)slab;
@@ -548,16 +558,150 @@ void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output,
     }
 }
 
+#if defined(SHOAL_DSP)
+
+/* A row of two channels as the assembly reads it, by offset; it counts `to` and `blocks`. */
+struct depthwise_job {
+    const int16_t *const *rows;
+    uint32_t row_count;
+    uint32_t taps;       /* of a row */
+    uint32_t tap_bytes;  /* from a tap to the next */
+    uint32_t step_bytes; /* from a pixel to the next */
+    const uint32_t *pairs;
+    int8_t *to;
+    uint32_t pitch;  /* channels */
+    uint32_t blocks; /* of two pixels, at least one */
+    uint32_t byte;   /* of the channel in a pixel */
+    const struct shoal_channel *channels;
+};
+
+#define SHOAL_TAP(weights, x0, x1)                                                                 \
+    "smlabb r4, " x0 ", " weights ", r4\n\t"                                                       \
+    "smlatt r5, " x0 ", " weights ", r5\n\t"                                                       \
+    "smlabb r6, " x1 ", " weights ", r6\n\t"                                                       \
+    "smlatt r7, " x1 ", " weights ", r7\n\t"
+
+/* Blocks of two pixels times two channels, for fast layers; clamped to int8 only. r0 pairs of
+ * weights, r1 and r2 pixels, r3 taps left, r4..r7 sums as in fast_row, r12 from tap to tap. */
+__attribute__((naked, noinline)) static void
+fast_depthwise(struct depthwise_job *job __attribute__((unused)))
+{
+    __asm__ volatile("push {r4, r5, r6, r7, r8, r9, r10, r11, lr}\n\t"
+                     "sub sp, sp, #28\n\t" /* byte, rows, their count, taps, tap, step, job */
+                     "ldr r1, [r0, #36]\n\t"
+                     "str r1, [sp]\n\t"
+                     "ldrd r1, r2, [r0, #8]\n\t"
+                     "strd r1, r2, [sp, #12]\n\t"
+                     "ldr r1, [r0, #16]\n\t"
+                     "strd r1, r0, [sp, #20]\n\t"
+                     "mov r12, r0\n\t"
+                     "1:\n\t"
+                     "ldrd r8, r9, [r12]\n\t"
+                     "strd r8, r9, [sp, #4]\n\t"
+                     "ldr r0, [r12, #20]\n\t"
+                     "ldr r3, [r12, #40]\n\t"
+                     "ldr r4, [r3]\n\t"
+                     "ldr r5, [r3, #16]\n\t"
+                     "mov r6, r4\n\t"
+                     "mov r7, r5\n\t"
+                     "2:\n\t"
+                     "ldmia sp, {r1, r8, r9, r10, r12, lr}\n\t"
+                     "ldr r2, [r8], #4\n\t"
+                     "sub r9, r9, #1\n\t"
+                     "strd r8, r9, [sp, #4]\n\t"
+                     "add r1, r1, r2\n\t"
+                     "add r2, r1, lr\n\t"
+                     "cmp r10, #3\n\t"
+                     "bne 3f\n\t"
+                     "ldmia r0!, {r8, r9, r10}\n\t"
+                     "ldr r11, [r1]\n\t"
+                     "ldr lr, [r2]\n\t"
+                     SHOAL_TAP("r8", "r11", "lr")
+                     "ldr r11, [r1, r12]\n\t"
+                     "ldr lr, [r2, r12]\n\t"
+                     SHOAL_TAP("r9", "r11", "lr")
+                     "ldr r11, [r1, r12, lsl #1]\n\t"
+                     "ldr lr, [r2, r12, lsl #1]\n\t"
+                     SHOAL_TAP("r10", "r11", "lr")
+                     "b 4f\n\t"
+                     "3:\n\t"
+                     "ldr r8, [r0], #4\n\t"
+                     "ldr r11, [r1]\n\t"
+                     "ldr lr, [r2]\n\t"
+                     "add r1, r1, r12\n\t"
+                     "add r2, r2, r12\n\t"
+                     SHOAL_TAP("r8", "r11", "lr")
+                     "subs r10, r10, #1\n\t"
+                     "bne 3b\n\t"
+                     "4:\n\t"
+                     "ldr r9, [sp, #8]\n\t"
+                     "cmp r9, #0\n\t"
+                     "bne 2b\n\t"
+                     "ldr r12, [sp, #24]\n\t"
+                     "ldr r3, [r12, #40]\n\t"
+                     "ldrd r1, r2, [r12, #24]\n\t"
+                     "ldrd r8, r9, [r3, #4]\n\t"
+                     "ldrb r10, [r3, #14]\n\t"
+                     "ldrb r11, [r3, #13]\n\t"
+                     SHOAL_OUTPUT("r4")
+                     SHOAL_OUTPUT("r6")
+                     "ldrd r8, r9, [r3, #20]\n\t"
+                     "ldrb r10, [r3, #30]\n\t"
+                     "ldrb r11, [r3, #29]\n\t"
+                     SHOAL_OUTPUT("r5")
+                     SHOAL_OUTPUT("r7")
+                     "strb r5, [r1, #1]\n\t"
+                     "strb r4, [r1]\n\t"
+                     "add r1, r1, r2\n\t"
+                     "strb r7, [r1, #1]\n\t"
+                     "strb r6, [r1]\n\t"
+                     "add r1, r1, r2\n\t"
+                     "ldr r3, [sp]\n\t"
+                     "ldr r4, [sp, #20]\n\t"
+                     "ldr r5, [r12, #32]\n\t"
+                     "add r3, r3, r4, lsl #1\n\t"
+                     "str r3, [sp]\n\t"
+                     "str r1, [r12, #24]\n\t"
+                     "subs r5, r5, #1\n\t"
+                     "str r5, [r12, #32]\n\t"
+                     "bne 1b\n\t"
+                     "add sp, sp, #28\n\t"
+                     "pop {r4, r5, r6, r7, r8, r9, r10, r11, pc}\n\t");
+}
+
+#endif
+
 /* One row of two channels, which lie together in the ring. */
 static void depthwise_row(const struct shoal_depthwise *k, const int16_t *const *rows,
                           const struct output *o, const int8_t *weights,
-                          const struct shoal_channel *c, uint32_t channel, int8_t *to,
-                          uint32_t outputs)
+                          const struct shoal_channel *c, uint32_t channel, uint32_t *pairs,
+                          int8_t *to, uint32_t outputs)
 {
     const uint32_t tap_step = (uint32_t)k->dilation_x * k->pixel;
     const uint32_t step = (uint32_t)k->stride_x * k->pixel;
+    const uint32_t pitch = k->channel_count;
     uint32_t at = channel;
-    for (uint32_t x = 0U; x < k->out_width; x++) {
+    uint32_t x = 0U;
+#if defined(SHOAL_DSP)
+    const uint32_t blocks = k->out_width / 2U;
+    if ((blocks != 0U) && (o->fast != 0U) && (outputs == 2U)) {
+        const uint32_t taps = (uint32_t)k->kernel_height * k->kernel_width;
+        for (uint32_t tap = 0U; tap < taps; tap++) {
+            pairs[tap] = ((uint32_t)weights[2U * tap] & 0xFFFFU) |
+                         ((uint32_t)weights[2U * tap + 1U] << 16);
+        }
+        struct depthwise_job job = {rows, k->kernel_height, k->kernel_width, tap_step * 2U,
+                                    step * 2U, pairs, to, pitch, blocks, channel * 2U, c};
+        fast_depthwise(&job);
+        x = blocks * 2U;
+        clamp_pair(o, to, pitch, x);
+        to += x * pitch;
+        at += x * step;
+    }
+#else
+    (void)pairs;
+#endif
+    for (; x < k->out_width; x++) {
         const int8_t *w = weights;
         int32_t sum0 = c[0].bias;
         int32_t sum1 = c[1].bias;
@@ -574,7 +718,7 @@ static void depthwise_row(const struct shoal_depthwise *k, const int16_t *const 
         if (outputs == 2U) {
             to[1] = output_byte(o, &c[1], sum1);
         }
-        to += k->channel_count;
+        to += pitch;
         at += step;
     }
 }
@@ -587,6 +731,8 @@ void shoal_depthwise(const struct shoal_depthwise *k, const int8_t *input, int8_
     struct ring ring = {ring_space, k->ring_rows, k->ring_row, k->ring_columns, k->pixel,
                         k->pad_top, k->pad_left, k->in_height, k->in_width, k->channel_count,
                         1U, k->channel_count, k->pixel, k->in_zero, 0U};
+    uint32_t *const pairs =
+        (uint32_t *)(void *)(ring_space + (uint32_t)k->ring_rows * k->ring_row);
     const struct output o = output_of(k->out_zero, k->low, k->high, k->fast);
     const uint32_t pair_bytes = 2U * (uint32_t)k->kernel_height * k->kernel_width;
     for (uint32_t y = 0U; y < k->out_height; y++) {
@@ -598,8 +744,8 @@ void shoal_depthwise(const struct shoal_depthwise *k, const int8_t *input, int8_
         const int8_t *weights = k->weights;
         for (uint32_t channel = 0U; channel < k->channel_count; channel += 2U) {
             const uint32_t left = k->channel_count - channel;
-            depthwise_row(k, rows, &o, weights, k->channels + channel, channel, output + channel,
-                          left < 2U ? left : 2U);
+            depthwise_row(k, rows, &o, weights, k->channels + channel, channel, pairs,
+                          output + channel, left < 2U ? left : 2U);
             weights += pair_bytes;
         }
         output += (uint32_t)k->out_width * k->channel_count;

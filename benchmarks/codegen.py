@@ -1,0 +1,223 @@
+"""Generated C against TFLite-Micro with CMSIS-NN: instructions, code, memory, and every byte.
+
+python -m benchmarks.codegen [--json] [--keep] [--images 100] [--host-images 10000]
+
+Instructions are counted by QEMU (-icount); they are not cycles. The peer's figures were measured
+on the same board, core and compiler (tflite-micro @90b983c, CMSIS-NN @99f736a, -O2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.datasets import SHARED, npz_path
+from benchmarks.record import HEADER, Row, circumstances, load, machine_line, report
+from exporter.codegen import generate, write_piece
+from exporter.codegen.host import HostPiece
+from exporter.quantize.tflm import MicroInterpreter
+from firmware_tools.measure import measure_piece, target_board
+from tests.tflite_graphs import GraphFile
+
+NAME = "codegen"
+TARGETS = ("m4", "m7", "m33", "m55", "m3", "m0", "rv32")
+CMSIS_INSTRUCTIONS = 29_864_085
+CMSIS_ARENA_BYTES = 54_996
+CHUNK = 20
+MODEL = "mlperf_tiny/pretrainedResnet_quant.tflite"
+
+
+def measure(images: int, host_images: int) -> dict[str, Any]:
+    """Every figure of the table."""
+    tflite = (SHARED / MODEL).read_bytes()
+    cifar = np.load(npz_path("cifar10"))["x_test"]
+    stored = (cifar[: max(images, host_images)].astype(np.int16) - 128).astype(np.int8)
+    said = MicroInterpreter(tflite).run(stored)[0].reshape(len(stored), -1)
+    piece = generate(tflite, "piece")
+    result: dict[str, Any] = {"macs": piece.macs, "images": images, "host_images": host_images}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        host = HostPiece(piece, folder).run(stored[:host_images])
+        result["host_bytes_differing"] = int((host != said[:host_images]).sum())
+        (folder / "piece.so").unlink()
+        result["targets"] = {
+            target: _target(folder, target, stored[:images], said[:images]) for target in TARGETS
+        }
+    result["layers"] = {name: _layer(file) for name, file in layers().items()}
+    result["circumstances"] = circumstances("ai-edge-litert", "tflite-micro", "numpy")
+    return result
+
+
+def _target(folder: Path, target: str, stored: Any, said: Any) -> dict[str, Any]:
+    differing = 0
+    counts: list[int] = []
+    for start in range(0, len(stored), CHUNK):
+        run = measure_piece(
+            folder, "piece", target_board(target), stored[start : start + CHUNK], timeout_s=900
+        )
+        differing += int((run.outputs != said[start : start + CHUNK]).sum())
+        counts.extend(run.instructions)
+    summary = run.summary()
+    return {
+        "instructions": counts[0],
+        "most_instructions": max(counts),
+        "bytes_differing": differing,
+        **{key: summary[key] for key in summary if key.endswith("_bytes")},
+    }
+
+
+def layers() -> dict[str, bytes]:
+    """Single layers of the kinds that small networks are made of."""
+    return {
+        "3x3, 16 to 16, 32x32": _conv(32, 32, 16, 16, (3, 3)),
+        "3x3, 3 to 8, 48x48, stride 2": _conv(48, 48, 3, 8, (3, 3), 2),
+        "5x5, 1 to 8, 28x28": _conv(28, 28, 1, 8, (5, 5)),
+        "1x1, 64 to 64, 24x24": _conv(24, 24, 64, 64, (1, 1)),
+        "1x9, 16 to 32, 98 steps": _conv(1, 98, 16, 32, (1, 9)),
+        "9x1, 16 to 32, 98 steps": _conv(98, 1, 16, 32, (9, 1)),
+        "depthwise 3x3, 64, 24x24": _conv(24, 24, 64, 64, (3, 3), depthwise=True),
+        "depthwise 3x3, 64, 24x24, stride 2": _conv(24, 24, 64, 64, (3, 3), 2, depthwise=True),
+        "fully connected, 640 to 128": _fully_connected(640, 128),
+    }
+
+
+def _conv(
+    height: int,
+    width: int,
+    channels: int,
+    filters: int,
+    kernel: tuple[int, int],
+    stride: int = 1,
+    *,
+    depthwise: bool = False,
+) -> bytes:
+    rng = np.random.default_rng(0)
+    graph = GraphFile()
+    x = graph.tensor((1, height, width, channels), (0.05, -128))
+    shape = (1, *kernel, filters) if depthwise else (filters, *kernel, channels)
+    weights = rng.integers(-127, 128, shape).astype(np.int8)
+    w = graph.constant(weights, [0.002] * filters, axis=3 if depthwise else 0)
+    b = graph.constant(rng.integers(-2000, 2000, filters).astype(np.int32), [1e-4] * filters)
+    out = (1, -(-height // stride), -(-width // stride), filters)
+    y = graph.tensor(out, (0.05, -128))
+    fields = {"padding": 0, "strideH": stride, "strideW": stride, "fusedActivationFunction": 1}
+    fields |= {"dilationHFactor": 1, "dilationWFactor": 1}
+    if depthwise:
+        options = "DepthwiseConv2DOptions"
+        graph.operator("DEPTHWISE_CONV_2D", [x, w, b], [y], options, depthMultiplier=1, **fields)
+    else:
+        graph.operator("CONV_2D", [x, w, b], [y], "Conv2DOptions", **fields)
+    return graph.finish([x], [y])
+
+
+def _fully_connected(inputs: int, units: int) -> bytes:
+    rng = np.random.default_rng(0)
+    graph = GraphFile()
+    x = graph.tensor((1, inputs), (0.05, -128))
+    w = graph.constant(rng.integers(-127, 128, (units, inputs)).astype(np.int8), [0.002])
+    b = graph.constant(rng.integers(-2000, 2000, units).astype(np.int32), [1e-4])
+    y = graph.tensor((1, units), (0.1, 0))
+    graph.operator("FULLY_CONNECTED", [x, w, b], [y], "FullyConnectedOptions")
+    return graph.finish([x], [y])
+
+
+def _layer(tflite: bytes) -> dict[str, Any]:
+    piece = generate(tflite, "piece")
+    rng = np.random.default_rng(1)
+    stored = rng.integers(-128, 128, (1, piece.input_bytes)).astype(np.int8)
+    with tempfile.TemporaryDirectory() as name:
+        write_piece(piece, Path(name))
+        counts = {
+            target: measure_piece(Path(name), "piece", target_board(target), stored).instructions[0]
+            for target in ("m4", "m3")
+        }
+    return {"macs": piece.macs, **counts}
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """The figures with a target."""
+    m4 = result["targets"]["m4"]
+    ratio = m4["instructions"] / CMSIS_INSTRUCTIONS
+    memory = m4["ram_bytes"] / CMSIS_ARENA_BYTES
+    differing = sum(t["bytes_differing"] for t in result["targets"].values())
+    return [
+        Row(
+            "ResNet8 int8, Cortex-M4F, -O2: instructions / TFLite-Micro + CMSIS-NN (29,864,085)",
+            "<= 0.60",
+            f"{ratio:.3f} ({m4['instructions']:,})",
+            ratio <= 0.60,
+        ),
+        Row(
+            "code without weights, C library included (peer 110,896 B)",
+            "<= 16 KB",
+            f"{m4['text_bytes']:,} B",
+            m4["text_bytes"] <= 16_000,
+        ),
+        Row(
+            "RAM for tensors and scratch, input and output included / peer (54,996 B)",
+            "<= 0.75",
+            f"{memory:.3f} ({m4['ram_bytes']:,} B, and {m4['stack_bytes']} B of stack)",
+            memory <= 0.75,
+        ),
+        Row(
+            f"output bytes differing from TFLite-Micro, {result['host_images']:,} CIFAR-10 images, "
+            "host build",
+            "0",
+            str(result["host_bytes_differing"]),
+            result["host_bytes_differing"] == 0,
+        ),
+        Row(
+            f"the same, {result['images']} images on each of {len(result['targets'])} cores, QEMU",
+            "0",
+            str(differing),
+            differing == 0,
+        ),
+    ]
+
+
+def draw() -> str:
+    """The tables, Markdown."""
+    result = load(NAME)
+    lines = ["# Generated C on microcontrollers", "", HEADER, *map(str, rows(result)), ""]
+    lines += [
+        "MLPerf Tiny ResNet8 on every core; instructions, not cycles:",
+        "",
+        "| core | instructions | a MAC | code, B | weights and tables, B | RAM, B | stack, B |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, t in result["targets"].items():
+        lines.append(
+            f"| {name} | {t['instructions']:,} | {t['instructions'] / result['macs']:.2f} | "
+            f"{t['text_bytes']:,} | {t['model_bytes']:,} | {t['ram_bytes']:,} | "
+            f"{t['stack_bytes']:,} |"
+        )
+    lines += [
+        "",
+        "Single layers, instructions a multiplication:",
+        "",
+        "| layer | MACs | m4 | m3 |",
+        "|---|---|---|---|",
+    ]
+    for name, t in result["layers"].items():
+        per = [f"{t[target] / t['macs']:.2f}" for target in ("m4", "m3")]
+        lines.append(f"| {name} | {t['macs']:,} | {' | '.join(per)} |")
+    return "\n".join([*lines, "", f"Measured at {machine_line(result)}.", ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="write results/codegen.json")
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--host-images", type=int, default=10_000)
+    arguments = parser.parse_args()
+    result = measure(arguments.images, arguments.host_images)
+    return report(NAME, result, rows(result), as_json=arguments.json, keep=arguments.keep)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
