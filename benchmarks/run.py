@@ -15,7 +15,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import ddnn, ddnn_plots, edgent, fleet_latency, fleet_memory, fleet_soak, snn
+from benchmarks import (
+    ddnn,
+    ddnn_plots,
+    edgent,
+    fleet_latency,
+    fleet_memory,
+    fleet_soak,
+    snn,
+    speedups,
+)
 from benchmarks.record import HEADER, RESULTS, ROOT, load, machine_line
 
 
@@ -66,6 +75,7 @@ GROUPS = {
     ),
     "ddnn": Group((("ddnn",), ("ddnn_live",)), ddnn.draw),
     "edgent": Group((("edgent", "--keep"),), edgent.draw),
+    "speedups": Group((("speedups", "--keep"),), speedups.draw),
 }
 
 
@@ -75,7 +85,7 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 def with_results(readme: str) -> str:
     """The README with the tables of results/*.md, shortened, between its two markers."""
-    names = ("snn", "ddnn", "edgent", "runtime")
+    names = ("snn", "ddnn", "edgent", "speedups", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
     body = "\n\n".join(table.replace("# ", "### ", 1) for table in tables)
     before, _, rest = readme.partition(BEGIN)
