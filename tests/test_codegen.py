@@ -432,3 +432,19 @@ def test_mlperf_tiny_resnet8_equals_tflite_micro(run: Run) -> None:
     images = np.load(npz_path("cifar10_small"))["x_test"][:10]
     stored = (images.astype(np.int16) - 128).astype(np.int8)
     check(run, tflite, stored)
+
+
+@pytest.mark.parametrize("defines", [(), ("-D__ARM_FEATURE_DSP=1", "-D__GNUC__=12")])
+def test_cppcheck_finds_nothing(tmp_path: Path, defines: tuple[str, ...]) -> None:
+    if shutil.which("cppcheck") is None:
+        pytest.skip("cppcheck is not installed")
+    tflite, _ = convolution(np.random.default_rng(5), "plain")
+    write_piece(generate(tflite, "piece"), tmp_path)
+    checks = ["--enable=warning,performance,portability", "--error-exitcode=1", "--std=c99"]
+    done = subprocess.run(
+        ["cppcheck", "--quiet", *checks, *defines, f"-I{tmp_path}", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -19,6 +19,12 @@ static inline int32_t shift_right(int32_t value, uint32_t bits)
     return (int32_t)(((int64_t)value + (1LL << (bits - 1U)) - (value < 0 ? 1 : 0)) >> bits);
 }
 
+/* One less where negative: a right shift after adding half then rounds halves away from zero. */
+static inline int32_t less_if_negative(int32_t value)
+{
+    return value - (int32_t)((uint32_t)value >> 31);
+}
+
 /* value * 2^bits as a register keeps it. */
 static inline int32_t shift_left(int32_t value, uint32_t bits)
 {
@@ -123,10 +129,10 @@ static inline int32_t fast_output(const struct shoal_channel *c, int32_t sum)
 {
 #if defined(SHOAL_DSP)
     const int32_t t = high_product_doubled(shift_left(sum, c->doubled), c->multiplier);
-    return saturated8((t + (t >> 31) + c->rounding) >> c->right);
+    return saturated8((less_if_negative(t) + c->rounding) >> c->right);
 #else
     const int32_t t = high_product(shift_left(sum, c->left), c->multiplier);
-    return clamped((t + (t >> 31) + c->rounding) >> c->right, -128, 127);
+    return clamped((less_if_negative(t) + c->rounding) >> c->right, -128, 127);
 #endif
 }
 
@@ -777,13 +783,13 @@ static inline int8_t add_fast(const struct shoal_add *k, int32_t first, int32_t 
 #else
     const int32_t b = high_product(shift_left(second - k->second_zero, 20U), k->second_multiplier);
 #endif
-    const int32_t sum = a + ((b + (b >> 31) + k->second_half) >> k->second_right);
+    const int32_t sum = a + ((less_if_negative(b) + k->second_half) >> k->second_right);
 #if defined(SHOAL_DSP)
     const int32_t t = high_product_doubled(shift_left(sum, 1U), k->out_multiplier);
 #else
     const int32_t t = high_product(sum, k->out_multiplier);
 #endif
-    const int32_t value = (t + (t >> 31) + k->out_rounding) >> k->out_right;
+    const int32_t value = (less_if_negative(t) + k->out_rounding) >> k->out_right;
     return (int8_t)clamped(value, k->low, k->high);
 }
 
