@@ -46,6 +46,7 @@ class Network:
         broker: The broker's device, for `Casting.BROKER`.
         overhead_bytes: Around the content of each message.
         answer_bytes: Content of an answer.
+        escalation_bytes: Content of an exit's word that it is unsure.
     """
 
     rate_bits_per_s: float = 100e6
@@ -56,6 +57,7 @@ class Network:
     broker: str | None = None
     overhead_bytes: int = 0
     answer_bytes: int = 6
+    escalation_bytes: int = 1
 
     @classmethod
     def of_link(cls, link: Link, **more: object) -> Network:
@@ -397,15 +399,16 @@ class _Walk:
         if node.device in concerned:
             self._post(now, node.device, event)
         others = [device for device in concerned if device != node.device]
-        self._broadcast(node.device, others, _ESCALATION_BYTES, node.tier, now, event)
+        size = self.setting.network.escalation_bytes
+        self._broadcast(node.device, others, size, node.tier, now, event)
 
     def _tell(self, message: _Message, now: float) -> None:
         """Give a node's result to whoever listens."""
         node = message.node
-        elements, width = self._sent(node, message.output)
-        size = elements * width
+        elements, width, envelope = self._sent(node, message.output)
+        size = elements * width + envelope
         if message.output is Output.ANSWER:
-            size, elements = self.setting.network.answer_bytes, 0
+            size, elements = float(self.setting.network.answer_bytes), 0
         if node.device in message.devices:
             self._post(now, node.device, node.name)
         others = [device for device in message.devices if device != node.device]
@@ -429,16 +432,21 @@ class _Walk:
             return frozenset(self.pieces[node.piece].outputs)
         return frozenset(self._heard(node, self.nodes[name]) for name in node.listens_to)
 
-    def _sent(self, node: Node, output: Output) -> tuple[int, float]:
-        """Elements of what a node sends, and bytes of one of them."""
+    def _sent(self, node: Node, output: Output) -> tuple[int, float, float]:
+        """Elements of what a node sends, bytes of one of them, and bytes around all of them."""
         platform = self.setting.platforms[node.device]
         if node.piece is not None and node.fusion is not Fusion.ENTROPY_MLP:
             work = self.works[node.piece]
             sent = work.message(output)
             width = element_bytes_on(work, platform)
-            return sent.elements, width if sent.bits is None else sent.bits / 8
+            width = width if sent.bits is None else sent.bits / 8
+            return sent.elements, width, sent.envelope_bytes
         bits = None if platform.element_bits is None else platform.element_bits.value
-        return self._fused(node), _FLOAT_BYTES if bits is None else bits / 8
+        envelope = 0.0
+        if node.fusion not in ANSWER_FUSIONS:
+            first = self.nodes[node.listens_to[0]]
+            envelope = self._sent(first, self._heard(node, first))[2]
+        return self._fused(node), _FLOAT_BYTES if bits is None else bits / 8, envelope
 
     def _fused(self, node: Node) -> int:
         """Elements of what a node makes of what it hears."""
@@ -552,7 +560,6 @@ class _Walk:
 _REQUEST, _ESCALATION, _RUN, _ASKER = "?request", "?unsure ", "?run ", "?asker"
 _FLOAT_BYTES = 4.0
 """Of a value that no piece gave: fusions calculate in float32."""
-_ESCALATION_BYTES = 1.0
 _ELEMENTWISE = frozenset({Fusion.SUM, Fusion.MEAN, Fusion.MAX})
 
 

@@ -45,10 +45,12 @@ class Sent:
     Attributes:
         elements: Values in it.
         bits: Of one value on the wire; None: as the piece calculates.
+        envelope_bytes: Around the values: header, times, shape, checksum.
     """
 
     elements: int
     bits: float | None = None
+    envelope_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -186,13 +186,12 @@ def _fused(fusion: Fusion, heard: Sequence[Floats]) -> Floats:
 
 
 def _message_bytes(places: Sequence[Place], place: Place, model: keras.Model) -> int:
-    """Payload of what a node's piece sends as int8, or as real scores; 0 if all stays at home."""
+    """Payload of what a node's piece sends as int8; 0 if it stays on its device."""
     readers = [x for x in places if place.name in x.hears]
     if all(reader.device == place.device for reader in readers):
         return 0
-    scores = any(reader.name == DECISION for reader in readers)
-    values = np.zeros(model.output_shape[1:], np.float32 if scores else np.int8)
     header = Header(plan=0, request=0, boot=0, node=0)
+    values = np.zeros(model.output_shape[1:], np.int8)
     return len(encode(TensorPart(MessageKind.FEATURES, header, values, 0, 0)))
 
 
