@@ -880,11 +880,13 @@ def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], title: 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
     for name in head:
         numeric = name in _NUMBERS
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    Console(width=console.width if console.is_terminal else 160).print(table)
+    terminal = Console()
+    console = Console(width=terminal.width if terminal.is_terminal else 160)
+    console.print(title, style="italic", highlight=False, markup=False)
+    console.print(table)
