@@ -359,8 +359,8 @@ def draw() -> list[str]:
     lines = [
         "Live: six camera processes, hub, edge and cloud around a mosquitto, every test view "
         "triggered once. *Differ*: decisions (class, guess, exit) and samples whose messages are "
-        "not those computed offline. With a device killed at half-time: the samples from then on; the "
-        "request that was under way is counted, not compared.",
+        "not those computed offline. With a device killed at half-time: the samples from then on; "
+        "the request that was under way is counted, not compared.",
         "",
         "| fleet | killed | samples | accuracy live / offline | local exit live / offline | "
         "scores and features sent, live / offline | differ |",
