@@ -84,7 +84,7 @@ def dense_builder(shape: StudentShape) -> keras.Model:
 
 
 STANDS_IN: Mapping[Kind, str] = {Kind.MCU: "stm32f405", Kind.PI_ZERO_2: "pi-3"}
-"""Platforms of kinds that have none of their own."""
+"""Platforms of kinds that may have none of their own."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def energy_mj(graph: LayerGraph, kind: Kind) -> float:
     Raises:
         DataError: nothing is known of the kind's power.
     """
-    name = STANDS_IN.get(kind, kind.value)
-    platform = load_platform(name) if name in platform_names() else None
+    own = kind.value if kind.value in platform_names() else STANDS_IN.get(kind)
+    platform = None if own is None else load_platform(own)
     if platform is None or platform.energy is None:
         raise DataError(
             f"the power of a {kind.value} is not known, so its energy cannot be limited",
