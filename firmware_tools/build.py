@@ -125,6 +125,7 @@ def build_image(
     version: int = 1,
     stack_bytes: int = STACK_BYTES,
     slot: int | None = None,
+    extra_flags: Sequence[str] = (),
 ) -> Image:
     """Compile and link an image.
 
@@ -137,6 +138,7 @@ def build_image(
         version: Of the image, told in its identity.
         stack_bytes: Room for the stack.
         slot: Link for this slot of the board's bootloader instead of the whole flash.
+        extra_flags: Of the compiler.
 
     Raises:
         PlanDoesNotFit: flash or RAM overflows; says by how much.
@@ -160,14 +162,20 @@ def build_image(
     files += [FIRMWARE / name for name in (*_LOOP, of_slot)]
     include = ["-I", str(out), "-I", str(FIRMWARE), "-I", str(sources.folder)]
     if board is None:
-        return _build_host(files, include, out)
+        return _build_host(files, [*include, *extra_flags], out)
     (out / "shoal_board.h").write_text(board_header(board, slot), encoding="utf-8")
     (out / "memory.ld").write_text(
         _memory_text(board, flash=flash, ram=ram, slot=slot, stack_bytes=stack_bytes), "utf-8"
     )
     files += [FIRMWARE / "main.c", *([] if slot is None else _slot_files(board))]
     image = _link(
-        board, [*files, *_port_files(board)], include, out / "image", ("-O2",), flash, ram
+        board,
+        [*files, *_port_files(board)],
+        include,
+        out / "image",
+        ("-O2", *extra_flags),
+        flash,
+        ram,
     )
     if slot is not None:
         assert image.binary is not None

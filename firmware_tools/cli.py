@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,10 @@ def size(bundle: Path, device: str, board: str | None, stack_bytes: int, as_json
 @click.option("--device", help="Id of a microcontroller.")
 @board_option
 @click.option(
+    "--flash-file", type=click.Path(dir_okay=False, path_type=Path),
+    help="Run the bootloader instead, on a flash that is this file; made where there is none.",
+)  # fmt: skip
+@click.option(
     "--model", type=click.Path(dir_okay=False, path_type=Path),
     help="Run this .tflite once instead, and tell output, instructions and sizes.",
 )  # fmt: skip
@@ -133,6 +138,7 @@ def emulate(
     bundle: Path,
     device: str | None,
     board: str | None,
+    flash_file: Path | None,
     model: Path | None,
     target: str,
     input_file: Path | None,
@@ -153,7 +159,7 @@ def emulate(
 
     from .board import load_board
     from .bundle import open_part
-    from .emulate import start_part
+    from .emulate import start_bootloader, start_part
 
     def stop(*_: object) -> None:
         raise SystemExit(0)
@@ -163,7 +169,12 @@ def emulate(
     if board is not None and board != "host":
         load_board(board)
     with tempfile.TemporaryDirectory(prefix="shoal-emulate-") as folder:
-        emulation, what, notice = start_part(part, Path(folder), board)
+        if flash_file is None:
+            emulation, what, notice = start_part(part, Path(folder), board)
+        else:
+            name = board or part.board_name
+            emulation = start_bootloader(load_board(name), Path(folder), flash_file)
+            what, notice = f"{name} in QEMU with its bootloader", None
         with emulation:
             if notice is not None:
                 click.echo(f"{device}: {notice}", err=True)
@@ -276,6 +287,7 @@ def serial(port: str | None, baud: int, list_them: bool, as_json: bool) -> None:
 @click.option("--baud", type=click.IntRange(min=300), default=115_200, show_default=True)
 @click.option("--image-version", type=click.IntRange(1, 2**32 - 1), default=1, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Build and find the port, write nothing.")
+@json_option
 def flash(
     bundle: Path,
     device: str,
@@ -284,29 +296,55 @@ def flash(
     baud: int,
     image_version: int,
     dry_run: bool,
+    as_json: bool,
 ) -> None:
-    """Build a microcontroller's firmware and write it through its ST bootloader (AN3155).
+    """Build a microcontroller's firmware, write it over its serial line, and read it back.
 
-    Start the chip's bootloader first: BOOT0 high, then reset. It erases what was there; the image
-    is read back and its identity asked for.
+    On a board with our bootloader it goes into the slot that does not run; the new image is kept
+    once it answers, and otherwise gives way to the old one. On a bare STM32 it goes through the
+    chip's own bootloader: BOOT0 high, then reset.
     """
+    from .board import load_board
     from .bundle import build_part, open_part
-    from .flash import flash_stm32, matching_port
+    from .flash import enter_bootloader, flash_stm32, matching_port, who_answers
 
     part = open_part(bundle, device)
+    target = load_board(board or part.board_name)
+    path = port or matching_port(part.device.serial)
+    slot, running = None, None
+    if target.slots is not None:
+        running = who_answers(path, baud)
+        slot = 0 if running is None or running.slot != 0 else 1
     with tempfile.TemporaryDirectory(prefix="shoal-flash-") as folder:
-        image = build_part(part, Path(folder), board_name=board, version=image_version)
-        if image.board is None or image.binary is None:
-            raise click.UsageError("a process is not flashed: name a board")
-        path = port or matching_port(part.device.serial)
-        content = image.binary.read_bytes()
-        click.echo(
-            f"{device}: {len(content)} B to {image.board.name} at 0x{image.board.flash.origin:08x} "
-            f"through {path}"
+        image = build_part(
+            part, Path(folder), board_name=target.name, version=image_version, slot=slot
         )
-        if dry_run:
-            click.echo("dry run: nothing was written")
-            return
-        with click.progressbar(length=2 * len(content), label="write and verify") as bar:
-            flash_stm32(path, baud, image.board.flash.origin, content, bar.update)
-    click.echo("written and verified")
+        assert image.binary is not None
+        content = image.binary.read_bytes()
+    origin = target.flash.origin
+    if slot is not None:
+        assert target.slots is not None
+        origin = target.slots.origin[slot]
+    where = f"{target.name} at 0x{origin:08x}" + ("" if slot is None else f", slot {slot}")
+    click.echo(f"{device}: {len(content)} B to {where}, through {path}", err=True)
+    if dry_run:
+        click.echo("dry run: nothing was written", err=True)
+        return
+    if running is not None:
+        enter_bootloader(path, baud)
+    with click.progressbar(
+        length=2 * len(content), label="write and verify", file=sys.stderr
+    ) as bar:
+        flash_stm32(path, baud, origin, content, bar.update)
+    identity = who_answers(path, baud, timeout_s=30.0)
+    if as_json:
+        seen = None if identity is None else identity._asdict() | {"board": target.name}
+        _print({"written_bytes": len(content), "slot": slot, "identity": seen})
+    if identity is None:
+        click.echo("written and verified; nobody answers yet: reset the board", err=True)
+        return
+    kept = "" if slot is None else f", slot {identity.slot}"
+    click.echo(
+        f"{device} answers: plan {identity.plan:08x}, image version {identity.image_version}{kept}",
+        err=True,
+    )

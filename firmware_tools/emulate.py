@@ -15,7 +15,7 @@ from pathlib import Path
 from agent.protocol.errors import DeviceUnreachable, ShoalError
 
 from .board import HOST, Board, load_board
-from .build import Image, compiler
+from .build import Image, build_bootloader, compiler
 from .bundle import Part, build_part
 
 QEMU_PACKAGE = {"qemu-system-arm": "qemu-system-arm", "qemu-system-riscv32": "qemu-system-misc"}
@@ -141,6 +141,30 @@ def _end_with_parent() -> None:
 
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+FLASH_FILE_BYTES = 16 * 1024 * 1024
+"""The memory of QEMU's MPS2 boards that stands for flash; the file must be exactly that large."""
+
+
+def start_bootloader(board: Board, folder: Path, flash_file: Path) -> Emulation:
+    """Run a board's bootloader in QEMU, its flash in a file that outlives it.
+
+    Args:
+        board: One with slots.
+        folder: Where to build.
+        flash_file: Made, all erased, where there is none.
+
+    Raises:
+        ShoalError: the board has no bootloader, or a tool is missing.
+    """
+    if board.slots is None:
+        raise ShoalError(f"{board.name} has no bootloader of ours", "boards that have: mps2-an386")
+    if not flash_file.exists():
+        flash_file.write_bytes(b"\xff" * FLASH_FILE_BYTES)
+    memory = f"memory-backend-file,id=flash,size=16M,mem-path={flash_file},share=on"
+    extra = ("-object", memory, "-machine", "memory-backend=flash")
+    return Emulation(build_bootloader(board, folder), extra=extra)
 
 
 def start_part(

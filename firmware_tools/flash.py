@@ -8,10 +8,15 @@ from pathlib import Path
 
 from agent.protocol.errors import DeviceUnreachable, ShoalError
 from agent.protocol.fleet import SerialLine
+from agent.protocol.frames import Identity
+from agent.protocol.line import LineClient
+from agent.protocol.port import SerialPort
 
 BY_ID = Path("/dev/serial/by-id")
 PIP_LINE = "pip install 'shoal[firmware]'"
 _BLOCK_BYTES = 256
+SILENCE_S = 1.5
+"""After this much of it, a bootloader waits for a new command: it gives up on one after 1 s."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,43 @@ def matching_port(line: SerialLine | None) -> str:
     return found[0]
 
 
+def who_answers(path: str, baud: int, timeout_s: float = 2.0) -> Identity | None:
+    """Who the firmware behind a port is; None where none answers, as from a bootloader.
+
+    Raises:
+        DeviceUnreachable: the port cannot be opened.
+    """
+    port = SerialPort(path, baud)
+    try:
+        return LineClient(port).identity(timeout_s)
+    except DeviceUnreachable:
+        # To a bootloader our frames were wrong commands: let it say so, and forget them.
+        while port.read(SILENCE_S):
+            pass
+        return None
+    finally:
+        port.close()
+
+
+def enter_bootloader(path: str, baud: int) -> None:
+    """Have the firmware behind a port restart into its bootloader, if any firmware answers.
+
+    Raises:
+        DeviceUnreachable: the port cannot be opened.
+    """
+    port = SerialPort(path, baud)
+    try:
+        LineClient(port).reboot(to_bootloader=True, timeout_s=2.0)
+    except DeviceUnreachable:
+        pass  # it restarted before it could answer, or the bootloader listens already
+    try:
+        # A command that was sent twice came to the bootloader the second time.
+        while port.read(SILENCE_S):
+            pass
+    finally:
+        port.close()
+
+
 def flash_stm32(
     path: str,
     baud: int,
@@ -87,7 +129,6 @@ def flash_stm32(
     content: bytes,
     progress: Callable[[int], None] = lambda _: None,
     *,
-    pty: bool = False,
     go: bool = True,
 ) -> None:
     """Write bytes through a bootloader that speaks ST AN3155, and read them back.
@@ -98,7 +139,6 @@ def flash_stm32(
         address: Where the first byte goes.
         content: What to write.
         progress: Called with bytes written, then with bytes read back: twice the content in all.
-        pty: It is a pseudo terminal, which has no parity and no lines for reset and BOOT0.
         go: Start what was written.
 
     Raises:
@@ -110,6 +150,8 @@ def flash_stm32(
         from stm32loader.uart import SerialConnection
     except ModuleNotFoundError:
         raise ShoalError("flashing needs stm32loader", PIP_LINE) from None
+    # A pseudo terminal has no parity, and no lines for reset and BOOT0.
+    pty = str(Path(path).resolve()).startswith("/dev/pts/")
     connection = SerialConnection(path, baud, "N" if pty else "E")
     if pty:
         connection.enable_reset = connection.enable_boot0 = lambda *_: None
@@ -137,7 +179,7 @@ def flash_stm32(
     except (CommandError, PageIndexError, OSError) as error:
         raise DeviceUnreachable(
             f"{path}: the bootloader does not answer as AN3155 says: {error}",
-            "start it: BOOT0 high, then reset; or ask the firmware: shoal serial --reboot",
+            "start it: on a bare STM32 BOOT0 high, then reset",
         ) from None
     finally:
         connection.serial_connection.close()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import random
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from firmware_toys import missing, sources, work
+from toy_fleet import toy_bundle
 
 from agent.protocol.errors import DeviceUnreachable, ShoalError
 from agent.protocol.line import LineClient
+from agent.protocol.manifest import read_manifest
 from agent.protocol.port import SerialPort
 from firmware_tools.board import Board, load_board
 from firmware_tools.build import (
@@ -26,12 +31,11 @@ from firmware_tools.build import (
     build_image,
     compiler,
 )
-from firmware_tools.emulate import Emulation, qemu_installed
+from firmware_tools.emulate import Emulation, qemu_installed, start_bootloader
 from firmware_tools.flash import flash_stm32
 from firmware_tools.slot_image import HEADER, with_header
 
 BOARD = load_board("mps2-an386")
-FLASH_BYTES = 16 * 1024 * 1024
 CUT, NO_SLOT = 9, 255
 KEPT, TRIAL, RETURNED = 0, 1, 2
 
@@ -168,14 +172,11 @@ class BootBoard:
         if not qemu_installed(BOARD):
             missing(BOARD.qemu.binary)
         pytest.importorskip("stm32loader")
-        self.bootloader = build_bootloader(BOARD, work() / "bootloader")
+        self.folder = work() / "bootloader"
         self.flash = folder / "flash.bin"
-        self.flash.write_bytes(b"\xff" * FLASH_BYTES)
 
     def start(self) -> Emulation:
-        memory = f"memory-backend-file,id=flash,size=16M,mem-path={self.flash},share=on"
-        extra = ("-object", memory, "-machine", "memory-backend=flash")
-        return Emulation(self.bootloader, extra=extra)
+        return start_bootloader(BOARD, self.folder, self.flash)
 
 
 def slot_image(slot: int, version: int) -> bytes:
@@ -211,11 +212,11 @@ def to_bootloader(emulation: Emulation) -> None:
 
 
 def write_slot(emulation: Emulation, slot: int, content: bytes) -> None:
-    flash_stm32(emulation.port, 115_200, slots(BOARD)[slot], content, pty=True)
+    flash_stm32(emulation.port, 115_200, slots(BOARD)[slot], content)
 
 
 def test_bootloader_fits_four_kilobytes(board: BootBoard) -> None:
-    assert board.bootloader.flash_bytes <= BOOTLOADER_BYTES
+    assert build_bootloader(BOARD, board.folder).flash_bytes <= BOOTLOADER_BYTES == 4096
 
 
 def test_header_says_what_the_image_is() -> None:
@@ -294,3 +295,24 @@ def test_killed_at_random_moments_of_an_update_it_starts_the_old_or_the_new_imag
             assert (slot, version) in ((0, 1), (1, 2))
             seen.add(slot)
     assert 0 in seen
+
+
+def test_command_flashes_updates_and_names_what_answers(board: BootBoard) -> None:
+    def shoal(*arguments: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "agent", *arguments, "--json"]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert ran.returncode == 0, ran.stderr
+        found: dict[str, Any] = json.loads(ran.stdout)
+        return found
+
+    bundle = toy_bundle()
+    plan = read_manifest(bundle).plan_id
+    with board.start() as emulation:
+        flash = ("flash", "--bundle", str(bundle), "--device", "eye-1", "--port", emulation.port)
+        first = shoal(*flash, "--image-version", "1")
+        second = shoal(*flash, "--image-version", "2")
+        seen = shoal("serial", "--port", emulation.port)
+    assert (first["slot"], first["identity"]["image_version"]) == (0, 1)
+    assert (second["slot"], second["identity"]["image_version"]) == (1, 2)
+    assert (seen["slot"], seen["plan"], seen["board"]) == (1, plan, "mps2-an386")
+    assert [piece["name"] for piece in seen["pieces"]] == ["snn_1"]
