@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +111,9 @@ def enter_bootloader(path: str, baud: int) -> None:
         DeviceUnreachable: the port cannot be opened.
     """
     port = SerialPort(path, baud)
-    try:
+    # It may restart before it can answer, or the bootloader listens already.
+    with contextlib.suppress(DeviceUnreachable):
         LineClient(port).reboot(to_bootloader=True, timeout_s=2.0)
-    except DeviceUnreachable:
-        pass  # it restarted before it could answer, or the bootloader listens already
     try:
         # A command that was sent twice came to the bootloader the second time.
         while port.read(SILENCE_S):

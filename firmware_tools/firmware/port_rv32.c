@@ -1,0 +1,184 @@
+/* Startup, counter and sleep of RISC-V in machine mode, with a PLIC (QEMU's virt board). */
+#include "shoal_board.h"
+#include "shoal_handover.h"
+#include "shoal_port.h"
+#include "shoal_register.h"
+#include "shoal_uart.h"
+
+#define PLIC_PRIORITY(irq) SHOAL_REGISTER(0x0C000000U + (4U * (irq)))
+#define PLIC_ENABLE(n) SHOAL_REGISTER(0x0C002000U + (4U * (n)))
+#define PLIC_THRESHOLD SHOAL_REGISTER(0x0C200000U)
+#define PLIC_CLAIM SHOAL_REGISTER(0x0C200004U)
+#define TEST_FINISHER SHOAL_REGISTER(0x00100000U)
+#define FINISHER_RESET 0x7777U
+#define STACK_PAINT 0xA5A5A5A5U
+#define MSTATUS_MIE "8"
+
+struct shoal_ring shoal_port_received;
+struct shoal_ring shoal_port_to_send;
+volatile uint32_t shoal_port_overruns;
+struct shoal_handover shoal_handover __attribute__((section(".handover")));
+
+/* From the linker script. */
+extern uint32_t shoal_stack_low[];
+extern uint32_t shoal_stack_top[];
+extern uint32_t shoal_data_from[];
+extern uint32_t shoal_data_begin[];
+extern uint32_t shoal_data_end[];
+extern uint32_t shoal_bss_begin[];
+extern uint32_t shoal_bss_end[];
+
+int main(void);
+void shoal_reset_handler(void);
+void shoal_begin(void);
+
+/* Addresses of different symbols are compared as numbers, which C allows. */
+static inline bool below(const volatile uint32_t *word, const volatile void *end)
+{
+    return (uintptr_t)word < (uintptr_t)end;
+}
+
+static inline uint32_t interrupts_off(void)
+{
+    uint32_t before;
+    __asm__ volatile(".option push\n\t.option arch, +zicsr\n\t"
+                     "csrrci %0, mstatus, " MSTATUS_MIE "\n\t.option pop"
+                     : "=r"(before)::"memory");
+    return before & 8U;
+}
+
+static inline void interrupts_as(uint32_t before)
+{
+    __asm__ volatile(".option push\n\t.option arch, +zicsr\n\t"
+                     "csrs mstatus, %0\n\t.option pop" ::"r"(before)
+                     : "memory");
+}
+
+void shoal_port_alive(void)
+{
+}
+
+void shoal_port_send(void)
+{
+    const uint32_t before = interrupts_off();
+    shoal_uart_serve();
+    interrupts_as(before);
+}
+
+void shoal_port_wait(void)
+{
+    /* A pending interrupt ends the sleep also while interrupts are off: none slips in between. */
+    const uint32_t before = interrupts_off();
+    if (shoal_ring_used(&shoal_port_received) == 0U) {
+        __asm__ volatile("wfi" ::: "memory");
+    }
+    interrupts_as(before);
+}
+
+uint64_t shoal_port_ticks(void)
+{
+    uint32_t high;
+    uint32_t low;
+    uint32_t again;
+    do {
+        __asm__ volatile(".option push\n\t.option arch, +zicsr\n\t"
+                         "csrr %0, mcycleh\n\tcsrr %1, mcycle\n\tcsrr %2, mcycleh\n\t.option pop"
+                         : "=r"(high), "=r"(low), "=r"(again));
+    } while (high != again);
+    return ((uint64_t)high << 32) | low;
+}
+
+uint32_t shoal_port_tick_hz(void)
+{
+    return SHOAL_TICK_HZ;
+}
+
+uint32_t shoal_port_stack_bytes(void)
+{
+    return (uint32_t)((uintptr_t)shoal_stack_top - (uintptr_t)shoal_stack_low);
+}
+
+uint32_t shoal_port_stack_used_bytes(void)
+{
+    const volatile uint32_t *word = shoal_stack_low;
+    while (below(word, shoal_stack_top) && (*word == STACK_PAINT)) {
+        word++;
+    }
+    return (uint32_t)((uintptr_t)shoal_stack_top - (uintptr_t)word);
+}
+
+uint32_t shoal_port_resets(void)
+{
+    return shoal_handover.resets;
+}
+
+void shoal_port_reset(bool to_bootloader)
+{
+    (void)to_bootloader;
+    shoal_handover.asked = 1U;
+    TEST_FINISHER = FINISHER_RESET;
+    for (;;) {
+        /* until it happens */
+    }
+}
+
+static __attribute__((interrupt("machine"), aligned(4))) void trap_handler(void)
+{
+    uint32_t cause;
+    __asm__ volatile(".option push\n\t.option arch, +zicsr\n\tcsrr %0, mcause\n\t.option pop"
+                     : "=r"(cause));
+    if (cause != 0x8000000BU) {
+        TEST_FINISHER = FINISHER_RESET; /* a fault: begin anew */
+        for (;;) {
+            /* until it happens */
+        }
+    }
+    const uint32_t irq = PLIC_CLAIM;
+    if (irq == SHOAL_UART_RX_IRQ) {
+        shoal_uart_serve();
+    }
+    PLIC_CLAIM = irq;
+}
+
+void shoal_begin(void)
+{
+    for (volatile uint32_t *word = shoal_stack_low;
+         below(word + 16, __builtin_frame_address(0)); word++) {
+        *word = STACK_PAINT;
+    }
+    const uint32_t *from = shoal_data_from;
+    for (volatile uint32_t *to = shoal_data_begin; below(to, shoal_data_end); to++) {
+        *to = *from;
+        from++;
+    }
+    for (volatile uint32_t *to = shoal_bss_begin; below(to, shoal_bss_end); to++) {
+        *to = 0U;
+    }
+    if (shoal_handover.magic != SHOAL_HANDOVER_MAGIC) {
+        shoal_handover = (struct shoal_handover){.magic = SHOAL_HANDOVER_MAGIC};
+    } else if (shoal_handover.asked != 1U) {
+        shoal_handover.resets++;
+    } else {
+        /* it was wanted */
+    }
+    shoal_handover.asked = 0U;
+    shoal_uart_begin(SHOAL_TICK_HZ);
+    PLIC_PRIORITY(SHOAL_UART_RX_IRQ) = 1U;
+    PLIC_ENABLE(SHOAL_UART_RX_IRQ / 32U) = 1U << (SHOAL_UART_RX_IRQ % 32U);
+    PLIC_THRESHOLD = 0U;
+    __asm__ volatile(".option push\n\t.option arch, +zicsr\n\t"
+                     "csrw mtvec, %0\n\tcsrs mie, %1\n\tcsrsi mstatus, " MSTATUS_MIE
+                     "\n\t.option pop" ::"r"(trap_handler),
+                     "r"(1U << 11)
+                     : "memory");
+    (void)main();
+    shoal_port_reset(false);
+}
+
+/* The first instruction of the image. */
+__asm__(".section .vectors, \"ax\"\n"
+        ".globl shoal_reset_handler\n"
+        "shoal_reset_handler:\n"
+        "    la sp, shoal_stack_top\n"
+        "    j shoal_begin\n"
+        ".text\n");
