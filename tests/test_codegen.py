@@ -21,6 +21,8 @@ from exporter.codegen.command import codegen, prefix_of
 from exporter.codegen.forms import FORMS, WARNINGS
 from exporter.codegen.host import Face
 from exporter.codegen.memory import Block, plan_memory
+from exporter.methods.ddnn.packed import unpack
+from exporter.methods.ddnn.tflite_block import block_tflite
 from tests.tflite_graphs import ACTIVATIONS, GraphFile
 
 pytest.importorskip("tflite_micro", reason="tflite_micro is not installed")
@@ -334,6 +336,28 @@ def test_padding_and_concatenation_equal_tflite_micro(run: Run) -> None:
         out = graph.tensor(joined, quantization)
         graph.operator("CONCATENATION", [y, z], [out], "ConcatenationOptions", axis=axis)
         check(run, graph.finish([x], [out]), samples(rng, shape))
+
+
+def test_slices_equal_tflite_micro(run: Run) -> None:
+    for seed in range(2):
+        rng = np.random.default_rng([seed, 18])
+        shape = (1, *(int(n) for n in rng.integers(2, 6, 3)))
+        begin = np.array([0, *rng.integers(0, 2, 3)], np.int32)
+        size = (np.array(shape) - begin).astype(np.int32)
+        quantization = (scale(rng), zero(rng))
+        graph = GraphFile()
+        x = graph.tensor(shape, quantization)
+        y = graph.tensor([int(n) for n in size], quantization)
+        inputs = [x, graph.constant(begin), graph.constant(size)]
+        graph.operator("SLICE", inputs, [y], "SliceOptions")
+        check(run, graph.finish([x], [y]), samples(rng, shape))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_binary_block_as_tflite_equals_tflite_micro(run: Run, bits: int) -> None:
+    block = unpack((Path(__file__).parent / "golden" / "ddnn_block.sdb").read_bytes())
+    tflite = block_tflite(block, {}, weight_bits=bits)
+    check(run, tflite, samples(np.random.default_rng(19), (1, *block.shape)))
 
 
 def test_several_outputs_follow_each_other(run: Run) -> None:

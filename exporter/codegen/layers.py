@@ -923,6 +923,29 @@ def _pad(context: _Context, operator: Operator) -> Step:
     )
 
 
+def _slice(context: _Context, operator: Operator) -> Step:
+    x, output = _int8(context.tensor(operator, 0)), _int8(context.output(operator))
+    begin = context.needed(operator, 1).data
+    assert begin is not None
+    size = _four(x.shape)
+    steps = [int(np.prod(size[axis + 1 :])) for axis in range(4)]
+    starts = [0] * (4 - len(x.shape)) + [int(b) for b in begin.reshape(-1)]
+    fields = {
+        "offset": sum(start * step for start, step in zip(starts, steps, strict=True)),
+        "out_size": _four(output.shape),
+        "step": steps[:3],
+    }
+    return Step(
+        operator,
+        (x.index,),
+        output.index,
+        "shoal_slice(&{name}, {in0}, {out})",
+        _about(operator, [x], output, f"from {', '.join(map(str, starts))}"),
+        (_struct("shoal_slice", fields, 32),),
+        behind=(None,),
+    )
+
+
 def _concatenation(context: _Context, operator: Operator) -> Step:
     output = _int8(context.output(operator))
     axis = int(operator.options["axis"]) % len(output.shape)
@@ -1006,6 +1029,7 @@ LOWERINGS: dict[str, Callable[[_Context, Operator], Step | None]] = {
     "RELU6": _activation("RELU6"),
     "RELU_N1_TO_1": _activation("RELU_N1_TO_1"),
     "RESHAPE": _reshape,
+    "SLICE": _slice,
     "SOFTMAX": _softmax,
     "SQUEEZE": _reshape,
 }

@@ -965,6 +965,20 @@ void shoal_pad(const struct shoal_pad *k, const int8_t *input, int8_t *output)
     }
 }
 
+void shoal_slice(const struct shoal_slice *k, const int8_t *input, int8_t *output)
+{
+    for (uint32_t n = 0U; n < k->out_size[0]; n++) {
+        for (uint32_t y = 0U; y < k->out_size[1]; y++) {
+            const int8_t *from = input + k->offset + n * k->step[0] + y * k->step[1];
+            for (uint32_t x = 0U; x < k->out_size[2]; x++) {
+                memcpy(output, from, k->out_size[3]);
+                output += k->out_size[3];
+                from += k->step[2];
+            }
+        }
+    }
+}
+
 void shoal_copy_rows(const int8_t *input, int8_t *output, uint32_t rows, uint32_t row_bytes,
                      uint32_t out_step)
 {

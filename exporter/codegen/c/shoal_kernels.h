@@ -136,6 +136,13 @@ struct shoal_pad {
 
 void shoal_pad(const struct shoal_pad *k, const int8_t *input, int8_t *output);
 
+/** Part of a tensor of four axes: from `offset` on, `step` from one index of an axis to the next. */
+struct shoal_slice {
+    uint32_t offset, out_size[4], step[3];
+};
+
+void shoal_slice(const struct shoal_slice *k, const int8_t *input, int8_t *output);
+
 /** Rows of row_bytes each to every out_step bytes: one input of a concatenation. */
 void shoal_copy_rows(const int8_t *input, int8_t *output, uint32_t rows, uint32_t row_bytes,
                      uint32_t out_step);
