@@ -552,7 +552,7 @@ def report(bundle: Path, as_json: bool) -> None:
 
 @click.group()
 def cost() -> None:
-    """Reckon what a method sends, without a model: pure arithmetic, estimated."""
+    """Reckon what a method or a bundle costs: pure arithmetic, estimated."""
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]  # generic in some versions only
@@ -623,6 +623,65 @@ def ddnn(
         return
     for name, value in result.items():
         click.echo(f"{name.replace('_', ' ')}: {value:.1f} B (estimated)")
+
+
+@cost.command("bundle")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--platform",
+    "named",
+    multiple=True,
+    metavar="DEVICE=PLATFORM",
+    help="What a device is, where its kind does not say: a platform's name or a .yaml file.",
+)
+@click.option("--trigger", is_flag=True, help="Devices read their own sensors: no frame is sent.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def cost_bundle(bundle: Path, named: tuple[str, ...], trigger: bool, as_json: bool) -> None:
+    """Latency, bytes and energy of a decision at each exit of a bundle, by walking its plan."""
+    from agent.protocol.fleet import load_fleet
+    from agent.protocol.manifest import read_manifest
+    from agent.protocol.units import format_bytes
+    from exporter.cost.bundle import bundle_cost
+
+    if wrong := [item for item in named if "=" not in item]:
+        raise click.UsageError(f"{wrong[0]!r} is not DEVICE=PLATFORM, for example eye-0=pi-4")
+    manifest = read_manifest(bundle)
+    fleet = load_fleet(bundle / manifest.fleet.path)
+    platforms = dict(item.split("=", 1) for item in named)
+    costs = bundle_cost(manifest, fleet, platforms=platforms, trigger=trigger)
+    if as_json:
+        exits = [
+            {
+                "tier": tier,
+                "latency_ms": found.latency_s * 1e3,
+                "bytes": found.bytes_sent,
+                "joules": found.joules,
+                "devices": {
+                    name: {"busy_ms": device.busy_s * 1e3, "memory_bytes": device.resident_bytes}
+                    for name, device in found.devices.items()
+                },
+            }
+            for tier, found in costs.items()
+        ]
+        click.echo(json.dumps({"origin": "estimated", "exits": exits}))
+        return
+    for tier, found in costs.items():
+        energy = "" if found.joules is None else f", {found.joules * 1e3:.0f} mJ of all devices"
+        rows = [
+            (
+                name,
+                f"{device.busy_s * 1e3:.2f}",
+                format_bytes(round(device.resident_bytes)),
+                format_bytes(round(device.sent_bytes)),
+            )
+            for name, device in found.devices.items()
+        ]
+        _print_table(
+            ("device", "busy ms", "weights and tensors", "sends"),
+            rows,
+            f"Decided at tier {tier}: {found.latency_s * 1e3:.2f} ms, "
+            f"{format_bytes(round(found.bytes_sent))} on the medium{energy} (estimated)",
+        )
 
 
 @click.group()
