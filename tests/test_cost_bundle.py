@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import Mosquitto
 from tiers_fleet import EYES, tiers_bundle, views
 from toy_fleet import digits, load_toy, toy_bundle
 
 from agent.ask import Asker
+from agent.cli import main
 from agent.device import RunningDevice
 from agent.link import BrokerAddress
 from agent.protocol.errors import FleetFileError, PlatformFileError
@@ -84,3 +87,24 @@ def test_mistaken_names_are_refused() -> None:
         bundle_cost(manifest, fleet, platforms={"eye_1": "pi-4"})
     with pytest.raises(PlatformFileError, match="did you mean 'pi-4'"):
         bundle_cost(manifest, fleet, platforms={"eye-1": "pi_4"})
+
+
+def test_the_command_says_what_each_exit_costs(tmp_path: Path) -> None:
+    tiers_bundle(tmp_path / "bundle")
+    said = CliRunner().invoke(main, ["cost", "bundle", str(tmp_path / "bundle"), "--trigger"])
+    assert said.exit_code == 0, said.output
+    for tier in (1, 3, 4):
+        assert f"Decided at tier {tier}: " in said.output
+    assert said.output.count("(estimated)") == 3
+    data = CliRunner().invoke(main, ["cost", "bundle", str(tmp_path / "bundle"), "--json"])
+    exits = json.loads(data.stdout)["exits"]
+    assert [found["tier"] for found in exits] == [1, 3, 4]
+    assert exits[0]["latency_ms"] < exits[2]["latency_ms"]
+    assert set(exits[0]["devices"]) == set(DEVICES)
+
+
+def test_a_platform_without_its_device_is_refused(tmp_path: Path) -> None:
+    tiers_bundle(tmp_path / "bundle")
+    said = CliRunner().invoke(main, ["cost", "bundle", str(tmp_path / "bundle"), "--platform", "x"])
+    assert said.exit_code == 2
+    assert "is not DEVICE=PLATFORM" in said.output
