@@ -142,6 +142,12 @@ static int32_t slow_output(const struct shoal_channel *c, int32_t sum, int32_t z
     return clamped(shift_right(t, c->right) + zero, -128, 127);
 }
 
+#if defined(__GNUC__)
+#define SHOAL_BARRIER __asm__ volatile("" ::: "memory")
+#else
+#define SHOAL_BARRIER ((void)0)
+#endif
+
 struct output {
     int32_t zero, low, high;
     uint32_t fast, full; /* full: low..high is all of int8 */
@@ -410,6 +416,21 @@ static void dot_one_by_two(const int8_t *weights, const struct dots *d, uint32_t
 
 #else
 
+/* One value of each pixel times its weight of each channel. The barrier keeps the compiler from
+ * loading more at once than there are registers. */
+#define SHOAL_STEP(weight, value)                                                                  \
+    {                                                                                              \
+        const int32_t first = x0[value];                                                           \
+        const int32_t second = x1[value];                                                          \
+        const int32_t w0 = weights[weight];                                                        \
+        const int32_t w1 = weights[4 + (weight)];                                                  \
+        sum00 += w0 * first;                                                                       \
+        sum01 += w1 * first;                                                                       \
+        sum10 += w0 * second;                                                                      \
+        sum11 += w1 * second;                                                                      \
+        SHOAL_BARRIER;                                                                             \
+    }
+
 /* Two pixels times two channels of packed weights. sums: of both channels at pixel 0, then 1. */
 static void dot_two_by_two(const int8_t *weights, const struct dots *d, uint32_t first_byte,
                            int32_t *sums)
@@ -423,14 +444,10 @@ static void dot_two_by_two(const int8_t *weights, const struct dots *d, uint32_t
         const int16_t *x1 = x0 + d->step_bytes / 2U;
         const int8_t *const end = weights + d->bytes / 2U;
         for (; weights != end; weights += 8, x0 += 4, x1 += 4) {
-            sum00 += weights[0] * x0[0] + weights[2] * x0[1] + weights[1] * x0[2] +
-                     weights[3] * x0[3];
-            sum01 += weights[4] * x0[0] + weights[6] * x0[1] + weights[5] * x0[2] +
-                     weights[7] * x0[3];
-            sum10 += weights[0] * x1[0] + weights[2] * x1[1] + weights[1] * x1[2] +
-                     weights[3] * x1[3];
-            sum11 += weights[4] * x1[0] + weights[6] * x1[1] + weights[5] * x1[2] +
-                     weights[7] * x1[3];
+            SHOAL_STEP(0, 0)
+            SHOAL_STEP(2, 1)
+            SHOAL_STEP(1, 2)
+            SHOAL_STEP(3, 3)
         }
     }
     sums[0] = sum00;
