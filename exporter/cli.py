@@ -374,6 +374,7 @@ _DATA_HELP = (
 @_ddnn_inputs
 @_lcp_inputs
 @_nonn_inputs
+@_edgent_inputs
 def plan(
     model: Path | None, data: str, fleet: Path, method: str, as_json: bool, **chosen: Any
 ) -> None:
@@ -436,6 +437,7 @@ def plan(
 @_ddnn_inputs
 @_lcp_inputs
 @_nonn_inputs
+@_edgent_inputs
 @click.option(
     "-o",
     "--out",

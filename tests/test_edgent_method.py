@@ -29,12 +29,17 @@ from agent.protocol.errors import DataError, PlanDoesNotFit
 from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest, read_manifest
 from agent.protocol.plan import Output
-from exporter import pipeline
+from exporter import cli, pipeline
 from exporter.data import DataSet, load_data
 from exporter.methods.edgent.cover import cover
 from exporter.methods.edgent.method import roles
 from exporter.methods.edgent.options import EdgentOptions
-from exporter.methods.edgent.profile import LatencyProfile, LatencyProfiles, LayerModel
+from exporter.methods.edgent.profile import (
+    LatencyProfile,
+    LatencyProfiles,
+    LayerModel,
+    save_profiles,
+)
 from exporter.training import TrainOptions
 
 FLEET = """shoal: 1
@@ -306,3 +311,16 @@ def test_cover_keeps_to_budgets_and_counts_a_shared_piece_once() -> None:
 def test_options_say_everything_that_is_wrong() -> None:
     with pytest.raises(DataError, match=r"latency required(.|\n)*ascend(.|\n)*at least 1"):
         EdgentOptions(limit_ms=0, lowest_bits_per_s=2, highest_bits_per_s=1, strategies=0)
+
+
+def test_command_line_says_what_is_asked_of_edgent(tmp_path: Path) -> None:
+    save_profiles(PROFILES, tmp_path / "latency.json")
+    line = ["--method", "edgent", "--data", "digits", "--exit-share", "0.5", "--exit-share", "0.2"]
+    line += ["--latency", "120", "--strategies", "5", "--profiles", str(tmp_path / "latency.json")]
+    chosen = cli.export.make_context("export", [*line, "--epochs", "3"]).params
+
+    options = cli._method_options("edgent", chosen)
+
+    assert options.shares == (0.2, 0.5)
+    assert (options.limit_ms, options.strategies, options.training.epochs) == (120, 5, 3)
+    assert options.profiles == PROFILES
