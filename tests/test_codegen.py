@@ -49,41 +49,47 @@ def kernels(tmp_path_factory) -> Path:
     return target
 
 
-Run = Callable[[bytes, np.ndarray], np.ndarray]
+Case = tuple[bytes, np.ndarray]
+Run = Callable[[list[Case]], list[np.ndarray]]
 
 
 @pytest.fixture
 def run(kernels: Path, tmp_path: Path) -> Run:
-    """Generates, builds and runs a model on (N, input bytes) int8; gives (N, output bytes)."""
-    count = 0
+    """Generates and runs models on (N, input bytes) int8 each; gives (N, output bytes) of each."""
 
-    def generated(tflite: bytes, stored: np.ndarray) -> np.ndarray:
-        nonlocal count
-        count += 1
-        prefix = f"case{count}"
-        piece = generate(tflite, prefix)
-        write_piece(piece, tmp_path)
-        library = tmp_path / f"{prefix}.so"
-        source = str(tmp_path / f"{prefix}.c")
-        command = ["gcc", *FLAGS, *SANITIZED, "-fPIC", "-shared", source, str(kernels)]
+    def generated(cases: list[Case]) -> list[np.ndarray]:
+        prefixes = [f"case{number}" for number in range(len(cases))]
+        for prefix, (tflite, _) in zip(prefixes, cases, strict=True):
+            write_piece(generate(tflite, prefix), tmp_path)
+        library = tmp_path / "cases.so"
+        sources = [str(tmp_path / f"{prefix}.c") for prefix in prefixes]
+        command = ["gcc", *FLAGS, *SANITIZED, "-fPIC", "-shared", *sources, str(kernels)]
         subprocess.run([*command, "-o", str(library)], check=True)
-        face = Face.in_dll(ctypes.CDLL(str(library)), f"{prefix}_piece")
-        guard = 64
-        room = np.full(face.arena_bytes + 2 * guard + 16, 0x5A, np.uint8)
-        start = guard + (-(room.ctypes.data + guard)) % 16
-        outputs = []
-        for sample in stored.reshape(len(stored), -1):
-            given = np.ascontiguousarray(sample)
-            assert given.nbytes == face.input_bytes
-            output = np.zeros(face.output_bytes, np.int8)
-            face.run(given.ctypes.data, output.ctypes.data, room.ctypes.data + start)
-            assert (given == sample).all()
-            outputs.append(output)
-        assert (room[:start] == 0x5A).all()
-        assert (room[start + face.arena_bytes :] == 0x5A).all()
-        return np.stack(outputs)
+        loaded = ctypes.CDLL(str(library))
+        return [
+            _outputs(Face.in_dll(loaded, f"{prefix}_piece"), stored)
+            for prefix, (_, stored) in zip(prefixes, cases, strict=True)
+        ]
 
     return generated
+
+
+def _outputs(face: Face, stored: np.ndarray) -> np.ndarray:
+    """What a piece says; neither its input nor anything around its arena may change."""
+    guard = 64
+    room = np.full(face.arena_bytes + 2 * guard + 16, 0x5A, np.uint8)
+    start = guard + (-(room.ctypes.data + guard)) % 16
+    outputs = []
+    for sample in stored.reshape(len(stored), -1):
+        given = np.ascontiguousarray(sample)
+        assert given.nbytes == face.input_bytes
+        output = np.zeros(face.output_bytes, np.int8)
+        face.run(given.ctypes.data, output.ctypes.data, room.ctypes.data + start)
+        assert (given == sample).all()
+        outputs.append(output)
+    assert (room[:start] == 0x5A).all()
+    assert (room[start + face.arena_bytes :] == 0x5A).all()
+    return np.stack(outputs)
 
 
 def samples(rng, shape) -> np.ndarray:
@@ -106,8 +112,9 @@ def zero(rng) -> int:
     return int(rng.choice([-128, 0, 127, rng.integers(-128, 128)]))
 
 
-def check(run: Run, tflite: bytes, stored: np.ndarray) -> None:
-    np.testing.assert_array_equal(run(tflite, stored), micro(tflite, stored))
+def check(run: Run, cases: list[Case]) -> None:
+    for said, (tflite, stored) in zip(run(cases), cases, strict=True):
+        np.testing.assert_array_equal(said, micro(tflite, stored))
 
 
 def spatial(size: int, kernel: int, stride: int, dilation: int, padding: str) -> int:
@@ -174,22 +181,27 @@ KINDS = ["plain", "grouped", "pointwise", "column", "depthwise", "multiplied"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_convolutions_equal_tflite_micro(run: Run, kind: str) -> None:
+    cases = []
     for seed in range(CASES):
         rng = np.random.default_rng([KINDS.index(kind), seed])
         tflite, shape = convolution(rng, kind)
-        check(run, tflite, samples(rng, shape))
+        cases.append((tflite, samples(rng, shape)))
+    check(run, cases)
 
 
 @pytest.mark.parametrize("kind", ["plain", "depthwise"])
 def test_four_bit_weights_equal_tflite_micro(run: Run, kind: str) -> None:
+    cases = []
     for seed in range(3):
         rng = np.random.default_rng([99, seed])
         tflite, shape = convolution(rng, kind, "INT4")
-        check(run, tflite, samples(rng, shape))
+        cases.append((tflite, samples(rng, shape)))
+    check(run, cases)
 
 
 @pytest.mark.parametrize("channels", [False, True])
 def test_fully_connected_equals_tflite_micro(run: Run, channels: bool) -> None:
+    cases = []
     for seed in range(CASES):
         rng = np.random.default_rng([7, seed])
         inputs, units = int(rng.integers(1, 70)), int(rng.integers(1, 12))
@@ -206,12 +218,14 @@ def test_fully_connected_equals_tflite_micro(run: Run, channels: bool) -> None:
             "FULLY_CONNECTED", [x, w, b], [y], "FullyConnectedOptions",
             fusedActivationFunction=activation,
         )  # fmt: skip
-        check(run, graph.finish([x], [y]), samples(rng, (1, inputs)))
+        cases.append((graph.finish([x], [y]), samples(rng, (1, inputs))))
+    check(run, cases)
 
 
 @pytest.mark.parametrize("name", ["ADD", "MUL"])
 @pytest.mark.parametrize("operand", ["twice", "branch", "channels", "scalar"])
 def test_sums_and_products_equal_tflite_micro(run: Run, name: str, operand: str) -> None:
+    cases = []
     for seed in range(CASES):
         rng = np.random.default_rng([seed, 11])
         shape = (1, int(rng.integers(1, 5)), int(rng.integers(1, 5)), int(rng.integers(1, 7)))
@@ -232,11 +246,13 @@ def test_sums_and_products_equal_tflite_micro(run: Run, name: str, operand: str)
         pair = [x, other] if rng.random() < 0.5 else [other, x]
         activation = int(rng.choice([0, 1, 3]))
         graph.operator(name, pair, [y], options, fusedActivationFunction=activation)
-        check(run, graph.finish([x], [y]), samples(rng, shape))
+        cases.append((graph.finish([x], [y]), samples(rng, shape)))
+    check(run, cases)
 
 
 @pytest.mark.parametrize("name", ["MAX_POOL_2D", "AVERAGE_POOL_2D"])
 def test_pools_equal_tflite_micro(run: Run, name: str) -> None:
+    cases = []
     for seed in range(CASES):
         rng = np.random.default_rng([seed, 12])
         shape = (1, int(rng.integers(3, 9)), int(rng.integers(3, 9)), int(rng.integers(1, 6)))
@@ -256,12 +272,14 @@ def test_pools_equal_tflite_micro(run: Run, name: str) -> None:
             strideW=int(stride[1]), filterHeight=int(kernel[0]), filterWidth=int(kernel[1]),
             fusedActivationFunction=int(rng.choice([0, 1, 3])),
         )  # fmt: skip
-        check(run, graph.finish([x], [y]), samples(rng, shape))
+        cases.append((graph.finish([x], [y]), samples(rng, shape)))
+    check(run, cases)
 
 
 @pytest.mark.parametrize("axes", [(1, 2), (2,), (3,), (1, 2, 3)])
 @pytest.mark.parametrize("keep", [False, True])
 def test_mean_equals_tflite_micro(run: Run, axes: tuple[int, ...], keep: bool) -> None:
+    cases = []
     for seed in range(3):
         rng = np.random.default_rng([seed, 13])
         shape = (1, *(int(n) for n in rng.integers(1, 8, 3)))
@@ -273,10 +291,12 @@ def test_mean_equals_tflite_micro(run: Run, axes: tuple[int, ...], keep: bool) -
         a = graph.constant(np.array(axes, np.int32))
         y = graph.tensor(out, (x_scale * float(rng.uniform(0.2, 1.5)), zero(rng)))
         graph.operator("MEAN", [x, a], [y], "ReducerOptions", keepDims=keep)
-        check(run, graph.finish([x], [y]), samples(rng, shape))
+        cases.append((graph.finish([x], [y]), samples(rng, shape)))
+    check(run, cases)
 
 
 def test_softmax_equals_tflite_micro(run: Run) -> None:
+    cases = []
     for seed in range(CASES):
         rng = np.random.default_rng([seed, 14])
         shape = (1, int(rng.integers(2, 20)))
@@ -285,7 +305,8 @@ def test_softmax_equals_tflite_micro(run: Run) -> None:
         y = graph.tensor(shape, (1 / 256, -128))
         beta = float(rng.choice([1.0, 0.5, 2.0]))
         graph.operator("SOFTMAX", [x], [y], "SoftmaxOptions", beta=beta)
-        check(run, graph.finish([x], [y]), samples(rng, shape))
+        cases.append((graph.finish([x], [y]), samples(rng, shape)))
+    check(run, cases)
 
 
 def every_value() -> np.ndarray:
@@ -294,6 +315,7 @@ def every_value() -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["LOGISTIC", "RELU", "QUANTIZE"])
 def test_tables_equal_tflite_micro_for_every_value(run: Run, name: str) -> None:
+    cases = []
     for seed in range(CASES):
         rng = np.random.default_rng([seed, 15])
         graph = GraphFile()
@@ -301,7 +323,8 @@ def test_tables_equal_tflite_micro_for_every_value(run: Run, name: str) -> None:
         out = (1 / 256, -128) if name == "LOGISTIC" else (scale(rng, 0.005, 0.5), zero(rng))
         y = graph.tensor((1, 256), out)
         graph.operator(name, [x], [y])
-        check(run, graph.finish([x], [y]), every_value())
+        cases.append((graph.finish([x], [y]), every_value()))
+    check(run, cases)
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("RELU6", 0, 6), ("RELU_N1_TO_1", -1, 1)])
@@ -312,13 +335,14 @@ def test_clamps_that_tflite_micro_lacks_or_gets_wrong_are_right(
     x = graph.tensor((1, 256), (0.1, 10))
     y = graph.tensor((1, 256), (0.05, -20))
     graph.operator(name, [x], [y])
-    said = run(graph.finish([x], [y]), every_value())
+    (said,) = run([(graph.finish([x], [y]), every_value())])
     real = np.clip((np.arange(-128, 128) - 10) * 0.1, low, high)
     wanted = np.clip(np.rint(real / 0.05) - 20, -128, 127)
     assert np.abs(said[0] - wanted).max() <= 1  # the table rounds in fixed point
 
 
 def test_padding_and_concatenation_equal_tflite_micro(run: Run) -> None:
+    cases = []
     for seed in range(CASES):
         rng = np.random.default_rng([seed, 16])
         shape = (1, *(int(n) for n in rng.integers(1, 5, 3)))
@@ -335,10 +359,12 @@ def test_padding_and_concatenation_equal_tflite_micro(run: Run) -> None:
         joined = [n * 2 if k == axis else n for k, n in enumerate(padded)]
         out = graph.tensor(joined, quantization)
         graph.operator("CONCATENATION", [y, z], [out], "ConcatenationOptions", axis=axis)
-        check(run, graph.finish([x], [out]), samples(rng, shape))
+        cases.append((graph.finish([x], [out]), samples(rng, shape)))
+    check(run, cases)
 
 
 def test_slices_equal_tflite_micro(run: Run) -> None:
+    cases = []
     for seed in range(2):
         rng = np.random.default_rng([seed, 18])
         shape = (1, *(int(n) for n in rng.integers(2, 6, 3)))
@@ -350,14 +376,15 @@ def test_slices_equal_tflite_micro(run: Run) -> None:
         y = graph.tensor([int(n) for n in size], quantization)
         inputs = [x, graph.constant(begin), graph.constant(size)]
         graph.operator("SLICE", inputs, [y], "SliceOptions")
-        check(run, graph.finish([x], [y]), samples(rng, shape))
+        cases.append((graph.finish([x], [y]), samples(rng, shape)))
+    check(run, cases)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_binary_block_as_tflite_equals_tflite_micro(run: Run, bits: int) -> None:
     block = unpack((Path(__file__).parent / "golden" / "ddnn_block.sdb").read_bytes())
     tflite = block_tflite(block, {}, weight_bits=bits)
-    check(run, tflite, samples(np.random.default_rng(19), (1, *block.shape)))
+    check(run, [(tflite, samples(np.random.default_rng(19), (1, *block.shape)))])
 
 
 def test_several_outputs_follow_each_other(run: Run) -> None:
@@ -370,7 +397,7 @@ def test_several_outputs_follow_each_other(run: Run) -> None:
     graph.operator("RESHAPE", [y, graph.constant(np.array([1, 12], np.int32))], [flat])
     z = graph.tensor((1, 12), (0.2, -5))
     graph.operator("QUANTIZE", [flat], [z])
-    check(run, graph.finish([x], [y, z]), samples(rng, (1, 2, 2, 3)))
+    check(run, [(graph.finish([x], [y, z]), samples(rng, (1, 2, 2, 3)))])
 
 
 def test_float_borders_are_left_to_the_caller(run: Run) -> None:
@@ -382,7 +409,7 @@ def test_float_borders_are_left_to_the_caller(run: Run) -> None:
     graph.operator("RELU", [inside], [result])
     y = graph.tensor((1, 4), None, "FLOAT32")
     graph.operator("DEQUANTIZE", [result], [y])
-    said = run(graph.finish([x], [y]), np.array([[-128, 2, 3, 50]], np.int8))
+    (said,) = run([(graph.finish([x], [y]), np.array([[-128, 2, 3, 50]], np.int8))])
     assert said.tolist() == [[3, 3, 3, 50]]
 
 
@@ -455,7 +482,7 @@ def test_mlperf_tiny_resnet8_equals_tflite_micro(run: Run) -> None:
     tflite = (SHARED / "mlperf_tiny" / "pretrainedResnet_quant.tflite").read_bytes()
     images = np.load(npz_path("cifar10_small"))["x_test"][:10]
     stored = (images.astype(np.int16) - 128).astype(np.int8)
-    check(run, tflite, stored)
+    check(run, [(tflite, stored)])
 
 
 @pytest.mark.parametrize("defines", [(), ("-D__ARM_FEATURE_DSP=1", "-D__GNUC__=12")])
