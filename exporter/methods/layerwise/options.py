@@ -13,9 +13,7 @@ class LayerwiseOptions:
         lip: Whether layers may be divided by input channels too, so that two layers in a row can
             keep their slices; else every device tells all others what it made.
         calibration_samples: Held-out inputs that pieces are quantized with.
-        seed: Drawn with.
     """
 
     lip: bool = True
     calibration_samples: int = 256
-    seed: int = 0
