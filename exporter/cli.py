@@ -846,7 +846,7 @@ def _nonn_options(chosen: dict[str, Any]) -> Any:
 def _layerwise_options(chosen: dict[str, Any]) -> Any:
     from exporter.methods.layerwise.options import LayerwiseOptions
 
-    return LayerwiseOptions(seed=chosen["seed"])
+    return LayerwiseOptions()
 
 
 def _edgent_options(chosen: dict[str, Any]) -> Any:
