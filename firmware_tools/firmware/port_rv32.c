@@ -40,7 +40,7 @@ static inline bool below(const volatile uint32_t *word, const volatile void *end
 
 static inline uint32_t interrupts_off(void)
 {
-    uint32_t before;
+    uint32_t before = 0U;
     __asm__ volatile(".option push\n\t.option arch, +zicsr\n\t"
                      "csrrci %0, mstatus, " MSTATUS_MIE "\n\t.option pop"
                      : "=r"(before)::"memory");
@@ -77,9 +77,9 @@ void shoal_port_wait(void)
 
 uint64_t shoal_port_ticks(void)
 {
-    uint32_t high;
-    uint32_t low;
-    uint32_t again;
+    uint32_t high = 0U;
+    uint32_t low = 0U;
+    uint32_t again = 0U;
     do {
         __asm__ volatile(".option push\n\t.option arch, +zicsr\n\t"
                          "csrr %0, mcycleh\n\tcsrr %1, mcycle\n\tcsrr %2, mcycleh\n\t.option pop"
@@ -124,7 +124,7 @@ void shoal_port_reset(bool to_bootloader)
 
 static __attribute__((interrupt("machine"), aligned(4))) void trap_handler(void)
 {
-    uint32_t cause;
+    uint32_t cause = 0U;
     __asm__ volatile(".option push\n\t.option arch, +zicsr\n\tcsrr %0, mcause\n\t.option pop"
                      : "=r"(cause));
     if (cause != 0x8000000BU) {
