@@ -22,6 +22,7 @@ from benchmarks import (
     fleet_latency,
     fleet_memory,
     fleet_soak,
+    nonn,
     snn,
     speedups,
 )
@@ -74,6 +75,9 @@ GROUPS = {
         snn.draw,
     ),
     "ddnn": Group((("ddnn",), ("ddnn_live",)), ddnn.draw),
+    "nonn": Group(
+        (("nonn", "published"), ("nonn", "filters"), ("nonn", "recipe", "digits")), nonn.draw
+    ),
     "edgent": Group((("edgent", "--keep"),), edgent.draw),
     "speedups": Group((("speedups", "--keep"),), speedups.draw),
 }
@@ -85,7 +89,7 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 def with_results(readme: str) -> str:
     """The README with the tables of results/*.md, shortened, between its two markers."""
-    names = ("snn", "ddnn", "edgent", "speedups", "runtime")
+    names = ("snn", "ddnn", "nonn", "edgent", "speedups", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
     body = "\n\n".join(table.replace("# ", "### ", 1) for table in tables)
     before, _, rest = readme.partition(BEGIN)
