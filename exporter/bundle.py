@@ -29,11 +29,18 @@ from agent.protocol.manifest import (
     write_manifest,
 )
 from agent.protocol.plan import Plan
+from exporter.codegen import generate, prefix_of
+from exporter.codegen.forms import FORMS
 from exporter.cost import PieceCost
 from exporter.quantize import TensorDetail, Verification, operators, tensors, tflm_source
 from exporter.report import REPORT_DATA, REPORT_PAGE, write_report
 
 FLEET_COPY = "fleet.yaml"
+TFLM = "tflm"
+TARGETS = (TFLM, *FORMS)
+"""What a microcontroller's piece can be written as."""
+C_TARGET = "m4"
+"""What the Makefile of generated C builds for, until its user says otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +147,16 @@ def write_bundle(
     pieces: Sequence[ExportedPiece],
     figures: Mapping[str, Figure],
     report: Mapping[str, Any],
+    targets: Sequence[str] = (TFLM,),
 ) -> Manifest:
-    """Write all files of a bundle into an empty folder; the same input gives the same bytes."""
-    entries = tuple(_write_piece(folder, piece) for piece in pieces)
+    """Write all files of a bundle into an empty folder; the same input gives the same bytes.
+
+    `targets`: what a microcontroller's piece is written as beside its .tflite; names of TARGETS.
+
+    Raises:
+        UnsupportedLayer: a piece cannot be written as C.
+    """
+    entries = tuple(_write_piece(folder, piece, targets) for piece in pieces)
     (folder / FLEET_COPY).write_text(fleet_text, encoding="utf-8")
     text = json.dumps(report, indent=1, ensure_ascii=False, sort_keys=True)
     (folder / REPORT_DATA).write_text(text + "\n", encoding="utf-8")
@@ -161,18 +175,30 @@ def write_bundle(
     return manifest
 
 
-def _write_piece(folder: Path, piece: ExportedPiece) -> PieceEntry:
+def _sources(piece: ExportedPiece, target: str) -> dict[str, str]:
+    """A microcontroller's piece as sources, by their path below the device's folder."""
+    if target == TFLM:
+        return {
+            f"tflite-micro/{name}": text
+            for name, text in tflm_source(piece.tflite, piece.name).items()
+        }
+    generated = generate(piece.tflite, prefix_of(piece.name))
+    files = FORMS[target](generated, C_TARGET)
+    return {f"{target}/{name}": text for name, text in files.items()}
+
+
+def _write_piece(folder: Path, piece: ExportedPiece, targets: Sequence[str]) -> PieceEntry:
     home = folder / piece.device.id
     home.mkdir(exist_ok=True)
     model = home / f"{piece.name}.tflite"
     model.write_bytes(piece.tflite)
     files = []
     if piece.device.runtime is Runtime.TFLITE_MICRO:
-        source = home / "tflite-micro"
-        source.mkdir(exist_ok=True)
-        for name, text in tflm_source(piece.tflite, piece.name).items():
-            (source / name).write_text(text, encoding="utf-8")
-            files.append(artifact(folder, source / name))
+        for target in targets:
+            for name, text in _sources(piece, target).items():
+                (home / name).parent.mkdir(parents=True, exist_ok=True)
+                (home / name).write_text(text, encoding="utf-8")
+                files.append(artifact(folder, home / name))
     for name, content in sorted(piece.files.items()):
         (home / name).write_bytes(content)
         files.append(artifact(folder, home / name))

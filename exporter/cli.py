@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 METHOD_NAMES = ("snn", "ddnn", "lcp", "nonn", "layerwise", "edgent")
+TARGET_NAMES = ("tflm", "c", "arduino", "esp-idf", "zephyr")
 
 
 def _inputs(command: F) -> F:
@@ -432,6 +433,13 @@ def plan(
     )
 
 
+def _targets(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if unknown := [name for name in names if name not in TARGET_NAMES]:
+        raise click.BadParameter(f"no {unknown[0]!r}; there are: {', '.join(TARGET_NAMES)}")
+    return names
+
+
 @click.command()
 @_inputs
 @_ddnn_inputs
@@ -453,6 +461,14 @@ def plan(
     help="Accept LiteRT pieces that differ from the reference kernels by more than 2 steps, if "
     "they are as near to the float model. The manifest and the report say which.",
 )
+@click.option(
+    "--targets",
+    default="tflm",
+    show_default=True,
+    metavar="NAME,...",
+    callback=_targets,
+    help=f"What microcontrollers' pieces are written as: {', '.join(TARGET_NAMES)}.",
+)
 def export(
     model: Path | None,
     data: str,
@@ -461,6 +477,7 @@ def export(
     out: Path,
     as_float: bool,
     allow_drift: bool,
+    targets: tuple[str, ...],
     as_json: bool,
     **chosen: Any,
 ) -> None:
@@ -483,6 +500,7 @@ def export(
             options=_method_options(method, chosen),
             dtype="float32" if as_float else "int8",
             allow_drift=allow_drift,
+            targets=targets,
             progress=progress,
         )
     if as_json:

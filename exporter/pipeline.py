@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from agent.protocol.errors import DataError, ShoalError, UnsupportedLayer, VerificationFailed
 from agent.protocol.fleet import Device, Fleet, Runtime, load_fleet
 from agent.protocol.manifest import Figure, Manifest
-from exporter.bundle import ExportedPiece, check_target, fresh_folder, write_bundle
+from exporter.bundle import TFLM, ExportedPiece, check_target, fresh_folder, write_bundle
 from exporter.cost import (
     Basis,
     Numbers,
@@ -91,6 +91,7 @@ def export(
     options: Any,
     dtype: Literal["int8", "float32"] = "int8",
     allow_drift: bool = False,
+    targets: Sequence[str] = (TFLM,),
     progress: Progress,
 ) -> Manifest:
     """Make a bundle.
@@ -106,6 +107,7 @@ def export(
         progress: Told what is going on.
         allow_drift: Accept a piece that a runtime computes further from the reference kernels than
             allowed, if it is as near to the float model as they are (see `quantize.verify`).
+        targets: What microcontrollers' pieces are written as: names of `bundle.TARGETS`.
 
     Raises:
         ShoalError: a mistake in the model, data or fleet file; a piece that does not fit, or that
@@ -138,6 +140,7 @@ def export(
             pieces=exported,
             figures={**base_figures, **design.figures, **settled.figures},
             report={**design.report, **settled.report},
+            targets=targets,
         )
 
 

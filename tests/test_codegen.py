@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from agent.protocol.errors import DataError, UnsupportedLayer
 from benchmarks.datasets import npz_path
-from exporter.codegen import generate, write_piece
-from exporter.codegen.command import codegen, prefix_of
+from exporter.codegen import generate, prefix_of, write_piece
+from exporter.codegen.command import codegen
 from exporter.codegen.forms import FORMS, WARNINGS
 from exporter.codegen.host import Face
 from exporter.codegen.memory import Block, plan_memory

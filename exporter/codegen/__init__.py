@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exporter.codegen.emit import GeneratedPiece, generate, write_piece
+    from exporter.codegen.emit import GeneratedPiece, generate, prefix_of, write_piece
 
-__all__ = ["GeneratedPiece", "generate", "write_piece"]
+__all__ = ["GeneratedPiece", "generate", "prefix_of", "write_piece"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import click
@@ -40,7 +39,7 @@ def codegen(
     model: Path, out: Path, target: str, form: str, prefix: str | None, as_json: bool
 ) -> None:
     """Write an int8 .tflite file as C99: no interpreter, no allocation, TFLite-Micro's results."""
-    from .emit import generate
+    from .emit import generate, prefix_of
     from .forms import FORMS
 
     try:
@@ -70,9 +69,3 @@ def codegen(
         f"arena {piece.arena_bytes:,} B, weights and tables {piece.constant_bytes:,} B, "
         f"input {piece.input_bytes:,} B, output {piece.output_bytes:,} B, {piece.macs:,} MACs"
     )
-
-
-def prefix_of(name: str) -> str:
-    """A C identifier in lower case made of a file's name."""
-    words = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    return words if words[:1].isalpha() else f"piece_{words}".rstrip("_")

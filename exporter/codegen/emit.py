@@ -74,6 +74,12 @@ def generate(tflite: bytes, prefix: str) -> GeneratedPiece:
     )
 
 
+def prefix_of(name: str) -> str:
+    """A C identifier in lower case made of a file's name."""
+    words = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    return words if words[:1].isalpha() else f"piece_{words}".rstrip("_")
+
+
 def write_piece(piece: GeneratedPiece, folder: Path) -> list[Path]:
     """Write the files; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
