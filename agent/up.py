@@ -424,7 +424,7 @@ def _credentials(address: BrokerAddress) -> tuple[str, str] | None:
 
 def _simulates(device: Device, runtime: str) -> str:
     if device.emulated and runtime.startswith("firmware"):
-        return f"a {device.kind.value}, emulated"
+        return "emulated"
     if device.runtime is Runtime.TFLITE_MICRO:
         return "a microcontroller, in a process of this machine"
     return f"a {device.kind.value}, in a process of this machine"

@@ -27,6 +27,8 @@ from exporter.quantize.native_stderr import start_tensorflow
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 12
+START_TIMEOUT_S = 180.0
+"""Two devices compile their firmware first."""
 Say = Callable[[str], None]
 
 
@@ -51,7 +53,7 @@ def main() -> None:
                "fleet.yaml", "--cache", "cache", "-o", "bundle")  # fmt: skip
         say("3. Start all its devices as processes on this machine, around a private broker:")
         with FleetProcesses(folder / "bundle", private_broker=True) as fleet:
-            for row in fleet.describe(fleet.wait_ready()):
+            for row in fleet.describe(fleet.wait_ready(START_TIMEOUT_S)):
                 stands_in = f" ({row['simulates']})" if row["simulates"] else ""
                 say(f"   {row['device']:<10} {row['kind']:<10} {row['runtime']}{stands_in}")
             if fleet.broker is not None and fleet.broker.notice:
