@@ -382,7 +382,8 @@ def _counts_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for row in rows:
         split = f"{row['split']}" + (f"-f{row['fatten']}" if row["fatten"] else "")
-        paper = {None: "differs", row["params"]: "equal"}.get(row["paper"], f"{row['paper']}")
+        other = "-" if row["note"].startswith("not printed") else "differs"
+        paper = {None: other, row["params"]: "equal"}.get(row["paper"], f"{row['paper']}")
         lines.append(
             f"| {row['model']} | {split} | {row['classes']} | {row['params']:,} | {paper} | "
             f"{row['macs'] / 1e6:,.3f} M | {row['note'] or '-'} |"

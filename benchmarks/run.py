@@ -22,6 +22,7 @@ from benchmarks import (
     fleet_latency,
     fleet_memory,
     fleet_soak,
+    lcp,
     nonn,
     snn,
     speedups,
@@ -75,6 +76,10 @@ GROUPS = {
         snn.draw,
     ),
     "ddnn": Group((("ddnn",), ("ddnn_live",)), ddnn.draw),
+    "lcp": Group(
+        (("lcp", "counts"), ("lcp", "digits"), ("lcp", "train", *lcp.CASES)),
+        lcp.draw,
+    ),
     "nonn": Group(
         (("nonn", "published"), ("nonn", "filters"), ("nonn", "recipe", "digits")), nonn.draw
     ),
@@ -89,7 +94,7 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 def with_results(readme: str) -> str:
     """The README with the tables of results/*.md, shortened, between its two markers."""
-    names = ("snn", "ddnn", "nonn", "edgent", "speedups", "runtime")
+    names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
     body = "\n\n".join(table.replace("# ", "### ", 1) for table in tables)
     before, _, rest = readme.partition(BEGIN)
