@@ -461,7 +461,7 @@ def main() -> None:
     if chosen.command == "counts":
         told = result()
         told["counts"] = counts()
-        told["circumstances"] = circumstances("numpy")
+        told.setdefault("circumstances", circumstances("numpy"))
         save(NAME, told)
         return
     packages = ("tensorflow-cpu", "keras", "ai-edge-litert", "numpy")
@@ -471,6 +471,7 @@ def main() -> None:
                 told = result()
                 if str(seed) not in told["digits"].get(split.text, {}):
                     run = digits_run(split, seed)
+                    told = result()
                     told["digits"].setdefault(split.text, {})[str(seed)] = run
                     told["circumstances"] = circumstances(*packages)
                     save(NAME, told)
