@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks import (
+    codegen,
     ddnn,
     ddnn_plots,
     edgent,
@@ -84,6 +85,7 @@ GROUPS = {
         (("nonn", "published"), ("nonn", "filters"), ("nonn", "recipe", "digits")), nonn.draw
     ),
     "edgent": Group((("edgent", "--keep"),), edgent.draw),
+    "codegen": Group((("codegen", "--keep"),), codegen.draw),
     "speedups": Group((("speedups", "--keep"),), speedups.draw),
 }
 
@@ -94,7 +96,7 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 def with_results(readme: str) -> str:
     """The README with the tables of results/*.md, shortened, between its two markers."""
-    names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "runtime")
+    names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
     body = "\n\n".join(table.replace("# ", "### ", 1) for table in tables)
     before, _, rest = readme.partition(BEGIN)
