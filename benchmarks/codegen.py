@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.datasets import SHARED, npz_path
-from benchmarks.record import HEADER, Row, circumstances, load, machine_line, report
+from benchmarks.record import BRIEF, HEADER, Row, circumstances, load, machine_line, report
 from exporter.codegen import generate, write_piece
 from exporter.codegen.host import HostPiece
 from exporter.quantize.tflm import MicroInterpreter
@@ -196,6 +196,8 @@ def draw() -> str:
             f"{t['stack_bytes']:,} |"
         )
     lines += [
+        "",
+        BRIEF,
         "",
         "Single layers, instructions a multiplication:",
         "",

@@ -22,7 +22,7 @@ import numpy as np
 from agent.protocol.plan import Fusion
 from benchmarks import ddnn_live
 from benchmarks.datasets import SHARED, npz_path
-from benchmarks.record import RESULTS, circumstances, machine_line
+from benchmarks.record import BRIEF, RESULTS, circumstances, machine_line
 from exporter.cost import TierTraffic, bytes_per_sample
 from exporter.methods.ddnn.evaluate import Said, inputs_of_parts, keras_parts, likeliest
 from exporter.methods.ddnn.exits import answered
@@ -31,7 +31,6 @@ from exporter.methods.ddnn.train import PAPER_WEIGHTS, Augmentation, TrainOption
 from exporter.quantize.native_stderr import start_tensorflow
 
 NAME = "ddnn"
-BRIEF = "<!-- the README shows what is above -->"
 CLASSES = ("car", "bus", "person")
 SPLITS = ("851", "temporal")
 CAMERAS = 6

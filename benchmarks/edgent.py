@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from agent.adapt import ChangePoints, Chooser, bandwidth_states
 from agent.protocol.adaptation import CostTable, configuration_map, reward
 from benchmarks.datasets import SHARED
-from benchmarks.record import HEADER, Row, circumstances, load, machine_line, report
+from benchmarks.record import BRIEF, HEADER, Row, circumstances, load, machine_line, report
 
 NAME = "edgent"
 ASSUMED_ACCURACIES = (0.60, 0.70, 0.75, 0.78, 0.80)
@@ -292,7 +292,7 @@ def draw() -> str:
             f"{fixed['expected']}) | {of['state']} ({above['state']}, {fixed['state']}) | "
             f"{of['static']} | {of['fixed_by_reward']} |"
         )
-    return "\n".join([*lines, "", f"Measured at: {machine_line(result)}", ""])
+    return "\n".join([*lines, "", BRIEF, "", f"Measured at: {machine_line(result)}", ""])
 
 
 def main() -> int:

@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.datasets import ROOT, npz_path
-from benchmarks.ddnn import BRIEF
-from benchmarks.record import RESULTS, circumstances, load, machine_line, save
+from benchmarks.record import BRIEF, RESULTS, circumstances, load, machine_line, save
 from exporter.methods.lcp.counts import split_counts
 from exporter.training import Checkpoint, TrainOptions, train
 from exporter.zoo.papers import CIFARNET_BN, NETWORKS, PaperNetwork

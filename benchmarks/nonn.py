@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.datasets import ROOT, SHARED, npz_path
-from benchmarks.record import RESULTS, circumstances, machine_line
+from benchmarks.record import BRIEF, RESULTS, circumstances, machine_line
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -413,8 +413,6 @@ def draw() -> str:
     lines = ["# NoNN: students that share a teacher's knowledge", ""]
     if "published" in stored:
         lines += _published_table(stored["published"])
-    if "filters" in stored:
-        lines += _filters_text(stored["filters"])
     for name, chosen in RECIPES.items():
         if runs := stored.get(f"recipe {name}", {}).get("runs"):
             lines += _recipe_table(name, chosen, runs)
@@ -426,6 +424,9 @@ def draw() -> str:
             "fiftieth loses 0.86 points to its teacher.",
             "",
         ]
+    lines += [BRIEF, ""]
+    if "filters" in stored:
+        lines += _filters_text(stored["filters"])
     lines += ["Measured at:", *(f"- `{k}`: {machine_line(v)}" for k, v in stored.items()), ""]
     return "\n".join(lines)
 

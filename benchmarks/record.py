@@ -16,6 +16,8 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = "| what | to reach | measured | met |\n|---|---|---|---|"
+BRIEF = "<!-- the README shows what is above -->"
+"""Ends what the README shows of a group's tables."""
 
 
 @dataclass(frozen=True)

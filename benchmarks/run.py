@@ -28,7 +28,7 @@ from benchmarks import (
     snn,
     speedups,
 )
-from benchmarks.record import HEADER, RESULTS, ROOT, load, machine_line
+from benchmarks.record import BRIEF, HEADER, RESULTS, ROOT, load, machine_line
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def runtime_table() -> str:
         result = load(module.NAME)
         lines += map(str, module.rows(result))
         sources.append(f"- `{module.NAME}`: {machine_line(result)}")
-    return "\n".join([*lines, "", "Measured at:", *sources, ""])
+    return "\n".join([*lines, "", BRIEF, "", "Measured at:", *sources, ""])
 
 
 GROUPS = {
@@ -106,7 +106,7 @@ def with_results(readme: str) -> str:
 
 def brief(name: str, table: str) -> str:
     """What of a group's tables the README shows, with a link to the rest."""
-    short = table.partition(ddnn.BRIEF)[0].rstrip()
+    short = table.partition(BRIEF)[0].rstrip()
     if name == "snn":
         short = _last_steps(short)
     link = f"[benchmarks/results/{name}.md](benchmarks/results/{name}.md)"

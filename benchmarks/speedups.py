@@ -17,8 +17,7 @@ from math import log, sqrt
 from typing import Any
 
 from agent.protocol.plan import FRAME, Exit, Fusion, Node, Output, Piece, Plan, Strategy
-from benchmarks.ddnn import BRIEF
-from benchmarks.record import RESULTS, Row, circumstances, load, machine_line, report
+from benchmarks.record import BRIEF, RESULTS, Row, circumstances, load, machine_line, report
 from exporter.cost.platform import Constant, Platform, load_platform
 from exporter.cost.shapes import VGG16_WIDTHS, bottleneck_resnet, graph_of, vgg16, wide_resnet
 from exporter.cost.walk import Network, PlanCost, Setting, plan_cost

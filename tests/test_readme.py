@@ -1,4 +1,7 @@
-"""Every command of the README is run, or checked as far as one machine can: see tests/readme.py."""
+"""Every command of README and docs/methods.md is run, or checked as far as one machine can.
+
+How, says tests/readme.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import pytest
 from tests.readme import ReadmeError, Session, blocks, check_unrun
 from tests.toy_fleet import copy_bundle
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md")
 
 SAMPLE = """\
 # Sample
@@ -146,11 +150,12 @@ def test_right_command_that_cannot_be_run_passes(command: str) -> None:
 
 @pytest.mark.broker
 @pytest.mark.timeout(900)
-def test_every_command_of_the_readme_does_what_it_says(tmp_path: Path, mosquitto: object) -> None:
-    if not README.exists():
-        pytest.skip("there is no README.md yet")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_page_does_what_it_says(
+    tmp_path: Path, mosquitto: object, page: Path
+) -> None:
     with Session(tmp_path) as session:
-        for block in blocks(README.read_text(encoding="utf-8")):
+        for block in blocks(page.read_text(encoding="utf-8")):
             session.follow(block)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import ddnn, ddnn_plots
+from benchmarks.record import BRIEF
 from benchmarks.run import GROUPS, README, RESULTS, ROOT, brief, with_results
 
 
@@ -26,7 +27,7 @@ def test_figures_are_those_of_the_committed_results():
 
 
 def test_what_the_readme_leaves_out_is_linked():
-    table = f"# T\n\nabove\n\n{ddnn.BRIEF}\n\nbelow"
+    table = f"# T\n\nabove\n\n{BRIEF}\n\nbelow"
 
     assert brief("ddnn", table) == (
         "# T\n\nabove\n\nAll of it: [benchmarks/results/ddnn.md](benchmarks/results/ddnn.md)."
