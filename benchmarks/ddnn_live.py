@@ -9,7 +9,8 @@ with scores or features with what the bundle's pieces say offline. With --lose t
 once more for each device, which is killed while a request is under way after half of the samples.
 Without a bundle, those of examples/mvmc*.yaml are exported first (T = 0.8, a minute each) into
 .cache/benchmarks, each device is lost in turn, and benchmarks/results/ddnn_live.json is written,
-whose table `python -m benchmarks.run` draws.
+whose table `python -m benchmarks.run` draws. Requests go on when the others have been told of the
+death: one that comes in between may still be escalated to the dead, and is right all the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,9 +31,10 @@ import numpy as np
 
 from agent.ask import Asker
 from agent.fuse import fuse_tensors
+from agent.link import BrokerAddress, Link
 from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest, read_manifest
-from agent.protocol.messages import Decision, Header, MessageKind, TensorPart, encode
+from agent.protocol.messages import Decision, Header, MessageKind, Status, TensorPart, encode
 from agent.protocol.plan import FRAME, Node, Output
 from agent.protocol.quantization import dequantize, from_bits, to_bits
 from agent.protocol.scores import normalized_entropy, softmax
@@ -290,7 +293,24 @@ def ask_all(bundle: Path, source: str, lose: str | None, most: int | None = None
                 asked.append(
                     Asked(int(sample), int(label), decision, pending.traffic, expected, not killed)
                 )
+                if killed and lose is not None:
+                    _wait_gone(target.broker, target.topics.device(lose, "status"))
     return asked
+
+
+def _wait_gone(broker: BrokerAddress, topic: str) -> None:
+    """Wait for a killed device's last will, which all others have before any later request."""
+    gone = threading.Event()
+
+    def note(_: str, payload: bytes) -> None:
+        if Status.decode(payload) is not Status.ONLINE:
+            gone.set()
+
+    with Link(broker, f"live-{os.getpid()}") as link:
+        link.subscribe(topic, note, qos=1)
+        link.start(10.0)
+        if not gone.wait(60.0):
+            raise TimeoutError(f"no last will on {topic} within 60 s")
 
 
 def summary(asked: Sequence[Asked], classes: Sequence[str], first: int) -> dict[str, Any]:

@@ -262,3 +262,22 @@ def test_broker_that_is_not_there_ends_with_4(tmp_path):
     assert result.exit_code == 4
     assert "127.0.0.1 port 1" in result.stderr
     assert "hint:" in result.stderr
+
+
+def test_options_of_other_methods_are_refused_all_at_once():
+    command = ["export", "m.keras", "--data", "digits", "--method", "lcp"]
+    result = CliRunner().invoke(main, [*command, "--beta", "5", "--keep", "0.5", "--epochs", "3"])
+
+    assert result.exit_code == 2
+    assert "--method lcp does not read: --keep belongs to snn; --beta belongs to nonn" in " ".join(
+        result.stderr.split()
+    )
+
+
+def test_help_of_export_goes_by_method():
+    shown = CliRunner().invoke(main, ["export", "--help"]).stdout
+    sections = {part.split("\n")[0]: part for part in shown.split("\nOptions")}
+
+    assert "--beta" in sections[" of nonn:"] and "--beta" not in sections[" of snn:"]
+    assert "--epochs" in sections[" of ddnn, lcp, nonn, edgent:"]
+    assert "--fleet" in sections[":"]
