@@ -143,19 +143,21 @@ def _resnet56() -> tuple[Any, DataSet]:
     )
 
 
-SMALL_IMAGES = DistillOptions(epochs=3, crop_pixels=2, flip=True)
+SMALL_IMAGES = DistillOptions(epochs=3, temperature=1.0, crop_pixels=2, flip=True)
 BASE_NETWORKS = {
     "vgg16_cifar10": Base(_committed("vgg16_cifar10", 5_000), SMALL_IMAGES, 15_000, candidates=1),
     "resnet56_cifar10": Base(
         _resnet56,
-        replace(SMALL_IMAGES, epochs=2, rate=2e-3),
+        DistillOptions(epochs=2, rate=2e-3, crop_pixels=4, flip=True),
         50_000,
         candidates=1,
         prune_samples=1_000,
         quick=True,
     ),
     "lenet_mnist": Base(
-        _committed("lenet_mnist", 5_000), DistillOptions(epochs=3, crop_pixels=1), 20_000
+        _committed("lenet_mnist", 5_000),
+        DistillOptions(epochs=3, temperature=1.0, crop_pixels=1),
+        20_000,
     ),
     "vgg16_cifar100": Base(
         _committed("vgg16_cifar100", 500, of_each_class=3),

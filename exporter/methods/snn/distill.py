@@ -1,8 +1,9 @@
 """Short distillation: a pruned network learns the base's outcomes, a few epochs, no labels.
 
-The loss is KL(p || q) between the base's and the small network's distribution over all classes:
-also how foreign classes differ is worth learning, measured it makes own classes easier to tell
-from the rest, and lets the network name the likeliest foreign one. With `rest_row` the foreign
+The loss is T^2 KL(p || q) between the base's and the small network's distribution over all classes,
+both softened by a temperature T (Hinton et al., 2015): also how foreign classes differ is worth
+learning, measured it makes own classes easier to tell from the rest, and lets the network name the
+likeliest foreign one. With `rest_row` the foreign
 classes are one outcome instead, and the small network has |S| + 1 logits, the last one standing for
 the log-sum of the base's foreign ones; that row starts as the linear one that fits the log-sum best
 in least squares, and is trained with the others. Batch norm keeps its statistics and dropout is
@@ -49,6 +50,8 @@ class DistillOptions:
         epochs: Passes over the inputs, at most 5: this is a touch-up, not training.
         batch: Inputs a step.
         rate: Peak learning rate of Adam; rises linearly, then falls as a cosine to 0.
+        temperature: T, by which log-probabilities are divided before they are compared: a base that
+            is all but certain of what it was trained on still says there which classes are alike.
         own_weight: Share of the loss on inputs that the base takes for an own class; None = each
             input counts the same.
         rest_row: The network ends in own classes and one row for the rest, a few bytes smaller;
@@ -61,6 +64,7 @@ class DistillOptions:
     epochs: int = 3
     batch: int = 128
     rate: float = 1e-3
+    temperature: float = 4.0
     own_weight: float | None = None
     rest_row: bool = False
     crop_pixels: int = 0
@@ -76,6 +80,8 @@ class DistillOptions:
             problems.append(f"batch must be at least 2, is {self.batch}")
         if not self.rate > 0:
             problems.append(f"rate must be positive, is {self.rate}")
+        if not self.temperature > 0:
+            problems.append(f"temperature must be positive, is {self.temperature}")
         if self.own_weight is not None and not 0 < self.own_weight < 1:
             problems.append(f"own_weight must be in (0, 1), is {self.own_weight}")
         if self.crop_pixels < 0:
@@ -92,7 +98,7 @@ class Distilled:
         model: Input (N, ...) float32, output (N, len(rows)) float32 logits.
         classes: Global indices, ascending.
         rows: What each row of the output stands for.
-        losses: Mean KL of each epoch, nats.
+        losses: Mean loss of each epoch, nats.
     """
 
     model: keras.Model
@@ -288,14 +294,14 @@ class _Course:
         import tensorflow as tf
 
         student, outcomes = self.student, tf.constant(self.outcomes)
-        variables = student.trainable_variables
+        variables, temperature = student.trainable_variables, self.options.temperature
 
         def step(x: tf.Tensor, taught: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-            log_p = log_outcomes(taught, outcomes)
+            log_p = tf.nn.log_softmax(log_outcomes(taught, outcomes) / temperature)
             with tf.GradientTape() as tape:
-                log_q = tf.nn.log_softmax(feed(student, x, training=False))
+                log_q = tf.nn.log_softmax(feed(student, x, training=False) / temperature)
                 divergence = tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), 1)
-                loss = tf.reduce_mean(weights * divergence)
+                loss = temperature**2 * tf.reduce_mean(weights * divergence)
             optimizer.apply(tape.gradient(loss, variables), variables)
             return loss
 
