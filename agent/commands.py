@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    import threading
+
+    from agent.protocol.messages import DeviceInfo
 
 DEFAULT_BUNDLE = Path("bundle")
 DEFAULT_FLEET = Path("fleet.yaml")
@@ -150,23 +155,16 @@ def check(fleet: Path, as_json: bool) -> None:
 @click.option("--device", required=True, help="Id of this device in the fleet file.")
 @bundle_option
 @broker_option
-def run(device: str, bundle: Path, broker: tuple[str, int] | None) -> None:
+@json_option
+def run(device: str, bundle: Path, broker: tuple[str, int] | None, as_json: bool) -> None:
     """Run one device's part of a bundle's plan, until stopped.
 
     SIGTERM ends it with a goodbye to the fleet and exit code 0, Ctrl-C with 130.
     """
-    import logging
-    import signal
-    import threading
-
-    from agent.console import talk
     from agent.device import run_device
     from agent.gateway import run_serial_device
     from agent.target import open_target
 
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     target = open_target(bundle, None, broker)
     known = {each.id: each for each in target.fleet.devices}
     serial = device in known and (known[device].emulated or known[device].serial is not None)
@@ -174,11 +172,34 @@ def run(device: str, bundle: Path, broker: tuple[str, int] | None) -> None:
         bundle,
         device,
         target.broker,
-        stop=stop,
-        on_ready=lambda info: talk(
-            f"{device} is online at {target.broker}: runs {', '.join(info.nodes)} on {info.runtime}"
-            + (" (simulated)" if info.simulated else "")
-        ),
+        stop=_until_stopped(),
+        on_ready=lambda info: _announce(info, str(target.broker), as_json),
+    )
+
+
+def _until_stopped() -> threading.Event:
+    """Log to the terminal; the event is set by SIGTERM."""
+    import logging
+    import signal
+    import threading
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return stop
+
+
+def _announce(info: DeviceInfo, broker: str, as_json: bool) -> None:
+    """Say that a device is online, and what it runs."""
+    from agent.console import print_json, talk
+
+    if as_json:
+        print_json({"broker": broker, **info.model_dump(mode="json")})
+        return
+    stands_in = " (simulated)" if info.simulated else ""
+    talk(
+        f"{info.device} is online at {broker}: runs {', '.join(info.nodes)} on {info.runtime}"
+        + stands_in
     )
 
 
@@ -186,29 +207,19 @@ def run(device: str, bundle: Path, broker: tuple[str, int] | None) -> None:
 @click.option("--device", required=True, help="Id of the device whose serial ports these are.")
 @bundle_option
 @broker_option
-def gateway(device: str, bundle: Path, broker: tuple[str, int] | None) -> None:
+@json_option
+def gateway(device: str, bundle: Path, broker: tuple[str, int] | None, as_json: bool) -> None:
     """Speak for the microcontrollers on this machine's serial ports, until stopped."""
-    import logging
-    import signal
-    import threading
-
-    from agent.console import talk
     from agent.gateway import run_gateway
     from agent.target import open_target
 
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     target = open_target(bundle, None, broker)
     run_gateway(
         bundle,
         device,
         target.broker,
-        stop=stop,
-        on_ready=lambda info: talk(
-            f"{info.device} is online at {target.broker}: runs {', '.join(info.nodes)} "
-            f"on {info.runtime}"
-        ),
+        stop=_until_stopped(),
+        on_ready=lambda info: _announce(info, str(target.broker), as_json),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -441,23 +442,29 @@ def test_slow_piece_runs_on_the_worker_and_the_newest_request_wins(
         eye.close()
 
 
-def test_device_process_is_small(fresh: BrokerAddress) -> None:
+def test_device_process_is_small_and_says_what_it_runs(fresh: BrokerAddress) -> None:
     command = [
         *(sys.executable, "-m", "agent", "run", "--device", "eye-0"),
-        *("--bundle", str(toy_bundle()), "--broker", f"{fresh.host}:{fresh.port}"),
+        *("--bundle", str(toy_bundle()), "--broker", f"{fresh.host}:{fresh.port}", "--json"),
     ]
     online: list[bytes] = []
     with Link(fresh, "observer") as link:
         link.subscribe(TOPICS.device("eye-0", "status"), lambda _, p: online.append(p))
         link.start(5.0)
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout is not None
             try:
                 assert eventually(lambda: online == [b"online"], 30.0)
+                said = json.loads(process.stdout.readline())
                 resident = psutil.Process(process.pid).memory_info().rss
             finally:
                 process.terminate()
     assert process.returncode == 0
     assert resident <= 75_000_000
+    assert said["device"] == "eye-0" and said["pid"] == process.pid and said["nodes"]
+    assert said["broker"] == str(fresh)
 
 
 def test_memory_in_use_is_that_of_the_process() -> None:
