@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from .partition import (
 from .profile import BaseProfile
 from .prune import PrunedSnn, PruneOptions, prune, pruned_logits
 from .search import ResultCache, Workers, content_key, map_cached
+from .source import source_key
 from .threshold import WHOLE_GRID, common_threshold
 
 
@@ -50,7 +50,7 @@ class Pruning:
     @cached_property
     def _base(self) -> str:
         return content_key(
-            version=version("shoal"),
+            source=source_key("exporter.methods.snn.prune", prune_one),
             features=self.features,
             inputs=self.profile.features,
             labels=self.profile.labels,

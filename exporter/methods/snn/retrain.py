@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from .masked import Floats
 from .options import Snn, SnnOptions, plain
 from .prune import build
 from .search import content_key, map_cached
+from .source import source_key
 
 if TYPE_CHECKING:
     import keras
@@ -48,7 +48,7 @@ class _Lessons:
     def data(self) -> str:
         """Key of the base, the inputs and the options."""
         return content_key(
-            version=version("shoal"),
+            source=source_key("exporter.methods.snn.distill", _lesson, _Lessons),
             base=[np.asarray(w) for w in self.base.get_weights()],
             distill=plain(self.options),
             frames=self.frames,
@@ -84,7 +84,12 @@ class _Retraining:
     @cached_property
     def _data(self) -> str:
         return content_key(
-            version=version("shoal"),
+            source=source_key(
+                "exporter.methods.snn.prune",
+                "exporter.methods.snn.compensate",
+                "exporter.methods.snn.distill",
+                _retrain_one,
+            ),
             base=[np.asarray(w) for w in self.base.get_weights()],
             compensate=plain(self.options.compensate),
             held_out=self.held_out,
