@@ -98,7 +98,7 @@ def with_results(readme: str) -> str:
     """The README with the tables of results/*.md, shortened, between its two markers."""
     names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
-    body = "\n\n".join(table.replace("# ", "### ", 1) for table in tables)
+    body = "\n\n".join(map(folded, tables))
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
@@ -111,6 +111,12 @@ def brief(name: str, table: str) -> str:
         short = _last_steps(short)
     link = f"[benchmarks/results/{name}.md](benchmarks/results/{name}.md)"
     return short if short == table else f"{short}\n\nAll of it: {link}."
+
+
+def folded(table: str) -> str:
+    """A group's tables as a section that is closed until its title is clicked."""
+    title, _, rest = table.partition("\n")
+    return f"<details>\n<summary><b>{title.lstrip('# ')}</b></summary>\n{rest}\n\n</details>"
 
 
 def _last_steps(table: str) -> str:
