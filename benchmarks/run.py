@@ -28,6 +28,7 @@ from benchmarks import (
     snn,
     speedups,
 )
+from benchmarks.glance import draw as glance
 from benchmarks.record import BRIEF, HEADER, RESULTS, ROOT, load, machine_line
 
 
@@ -95,10 +96,10 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 
 def with_results(readme: str) -> str:
-    """The README with the tables of results/*.md, shortened, between its two markers."""
+    """The README with all at a glance and the tables of results/*.md, shortened and folded."""
     names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
-    body = "\n\n".join(map(folded, tables))
+    body = "\n\n".join([glance(), *map(folded, tables)])
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"

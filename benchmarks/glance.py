@@ -1,0 +1,177 @@
+"""The README's first table of results: each method's main figures beside its paper's and the goal.
+
+Every cell is read from results/*.json; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from benchmarks import fleet_latency, fleet_memory, fleet_soak, nonn
+from benchmarks.record import RESULTS
+
+HEADER = "| | what | paper or peer | goal | Shoal | met |\n|---|---|---|---|---|---|"
+
+
+def draw() -> str:
+    """The table, Markdown."""
+    rows = [*_edgenai(), *_ddnn(), *_lcp(), *_nonn(), *_edgent(), *_c(), *_runtime()]
+    return "\n".join([HEADER, *rows])
+
+
+def _row(method: str, what: str, paper: str, goal: str, ours: str, met: bool | None) -> str:
+    said = {True: "yes", False: "**no**", None: "-"}[met]
+    return f"| {method} | {what} | {paper} | {goal} | {ours} | {said} |"
+
+
+def _load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _edgenai() -> list[str]:
+    found = []
+    bases = [("vgg16_cifar10", "VGG-16", "pruned only", (0.5, 1.6, 2.1))]
+    bases += [("resnet56_cifar10", "ResNet-56", "distilled 2 epochs", (1.1, 1.5, 1.9))]
+    for base, network, step, paper in bases:
+        rows = [r for r in _load(f"snn_{base}") if r["step"] == step.split()[0]]
+        by_n = {n: [r for r in rows if r["n"] == n] for n in (2, 5, 10)}
+        lost = [
+            100 * mean(r["accuracy_base"] - r["accuracy_fleet"] for r in by_n[n])
+            for n in by_n
+            if by_n[n]
+        ]
+        shares = [max(r["largest_share"] for r in by_n[n]) for n in by_n if by_n[n]]
+        found.append(
+            _row(
+                "Edge^nAI",
+                f"CIFAR-10, {network}, {step}, in {_list([n for n in by_n if by_n[n]], 'd')} SNNs "
+                f"of {_list(shares, '.2f')} of its parameters: points lost",
+                _list(paper, ".1f"),
+                "<= 0.5",
+                _list(lost, ".2f"),
+                max(lost) <= 0.5,
+            )
+        )
+    return found
+
+
+def _list(values: Sequence[float], form: str) -> str:
+    return " / ".join(f"{value:{form}}" for value in values)
+
+
+def _ddnn() -> list[str]:
+    runs = _load("ddnn")["runs"]
+    seeds = [run for key, run in runs.items() if key.startswith("default|temporal|")]
+    overall = 100 * mean(run["overall"] for run in seeds)
+    sent = mean(run["bytes"] for run in seeds)
+    pairs = [
+        100
+        * (run["overall"] - min(x["overall"] for k, x in run["lost"].items() if k.count(",") == 1))
+        for run in seeds
+    ]
+    exact = runs["exact|temporal|0"]
+    wrong = sum(exact["wrong"].values())
+    return [
+        _row(
+            "DDNN",
+            f"six cameras, later frames: accuracy at bytes a sample, {len(seeds)} seeds",
+            "97 % at 62 B",
+            ">= 97.5 % at <= 25 B",
+            f"{overall:.1f} % at {sent:.1f} B",
+            overall >= 97.5 and sent <= 25,
+        ),
+        _row(
+            "DDNN",
+            "the same, the worst two cameras lost: points lost (some cars only they see)",
+            "about 4",
+            "<= 4",
+            f"{mean(pairs):.1f}",
+            mean(pairs) <= 4,
+        ),
+        _row(
+            "DDNN",
+            f"a device's block; wrong bits of {exact['bits']:,} in {len(exact['wrong'])} executors",
+            "< 2 KB",
+            "<= 0.75 KB; 0",
+            f"{exact['packed_bytes']} B; {wrong}",
+            exact["packed_bytes"] <= 768 and not wrong,
+        ),
+    ]
+
+
+def _lcp() -> list[str]:
+    counts = [row for row in _load("lcp")["counts"] if row["paper"] is not None]
+    equal = [row for row in counts if row["params"] == row["paper"]]
+    return [
+        _row(
+            "LCP",
+            "parameter counts of the paper's networks, whole and split, equal to those printed",
+            "-",
+            "all",
+            f"{len(equal)} of {len(counts)}",
+            len(equal) == len(counts),
+        )
+    ]
+
+
+def _nonn() -> list[str]:
+    result = nonn.read()["published"]
+    whole, int8 = 100 * result["float"]["together"], 100 * result["int8"]["together"]
+    return [
+        _row(
+            "NoNN",
+            "the authors' two students as an int8 fleet, CIFAR-10",
+            f"{whole:.2f} % (float)",
+            "<= 0.3 points lost",
+            f"{int8:.2f} %",
+            whole - int8 <= 0.3,
+        )
+    ]
+
+
+def _edgent() -> list[str]:
+    result = _load("edgent")
+    worst = min(100 * setting["of_oracle"]["expected"] for setting in result["replays"])
+    p99_ms = result["search"]["p99_us"] / 1e3
+    return [
+        _row("Edgent", "search of exit and cut, p99", "< 1 ms", "<= 0.1 ms",
+             f"{p99_ms:.3f} ms", p99_ms <= 0.1),
+        _row("Edgent", "40 4G logs replayed (simulated): reward of an oracle's, worst of four "
+             "settings", "above static", ">= 95 %", f"{worst:.1f} %", worst >= 95),
+    ]  # fmt: skip
+
+
+def _c() -> list[str]:
+    result = _load("codegen")
+    ratio = result["targets"]["m4"]["instructions"] / 29_864_085
+    wrong = result["host_bytes_differing"] + sum(
+        target["bytes_differing"] for target in result["targets"].values()
+    )
+    return [
+        _row(
+            "C",
+            f"ResNet8 on a Cortex-M4: instructions of TFLite-Micro's with CMSIS-NN; bytes that "
+            f"differ, {result['host_images']:,} images",
+            "1; 0",
+            "<= 0.60; 0",
+            f"{ratio:.2f}; {wrong}",
+            ratio <= 0.6 and not wrong,
+        )
+    ]
+
+
+def _runtime() -> list[str]:
+    rows = [
+        row
+        for module in (fleet_latency, fleet_memory, fleet_soak)
+        for row in module.rows(_load(module.NAME))
+        if row.met is not None
+    ]
+    return [
+        _row("Fleet", row.what, "-", row.to_reach, re.split(r" \(|;", row.measured)[0], row.met)
+        for row in rows
+    ]
