@@ -295,6 +295,23 @@ def method_inputs(command: F) -> F:
             help="Wider branches for devices that calculate faster.",
         ),
         _of(
+            "lcp",
+            "--division-factor",
+            default=2.0,
+            show_default=True,
+            type=click.FloatRange(1, min_open=True),
+            help="A branch that does not fit its device gets so many times narrower (Procedure 1).",
+        ),
+        _of(
+            "lcp",
+            "--min-width",
+            default=1,
+            show_default=True,
+            metavar="CHANNELS",
+            type=click.IntRange(1),
+            help="The least channels or units of a branch's layer.",
+        ),
+        _of(
             "lcp", "--fresh", is_flag=True, help="Draw new weights instead of the base's channels'."
         ),
         _of(
@@ -464,6 +481,8 @@ def _lcp_options(chosen: dict[str, Any]) -> Any:
 
     return LcpOptions(
         merge=None if chosen["merge"] == "auto" else Fusion(chosen["merge"]),
+        factor=chosen["division_factor"],
+        minimum_width=chosen["min_width"],
         unequal=chosen["unequal"],
         fatten=None if chosen["fatten"] is None else chosen["fatten"] / 100,
         task_error=chosen["task_error"],

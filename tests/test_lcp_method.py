@@ -28,8 +28,10 @@ from agent.protocol.manifest import Manifest, read_manifest
 from agent.protocol.plan import Fusion, Output
 from exporter import cli, pipeline
 from exporter.data import DataSet, load_data
+from exporter.method_options import method_options
 from exporter.methods.lcp.method import LCP
 from exporter.methods.lcp.options import LcpOptions
+from exporter.methods.lcp.split import BranchSpec, Splitter
 from exporter.training import TrainOptions, cross_entropy, train
 from exporter.zoo.resnet import cifar_resnet
 
@@ -250,6 +252,18 @@ def test_command_exports_branches(models, tmp_path) -> None:
     assert [step[0] for step in steps] == ["10 % fattened", "40 % pruned"]
     sizes = [int(step[1].replace(",", "")) for step in steps]
     assert sizes[1] == manifest.entry("lcp-east").estimated.parameters < 0.7 * sizes[0]
+
+
+def test_command_line_says_how_branches_get_narrower() -> None:
+    line = ["--method", "lcp", "--data", "digits", "--division-factor", "1.5", "--min-width", "4"]
+    options = method_options("lcp", cli.export.make_context("export", line).params)
+    assert (options.factor, options.minimum_width) == (1.5, 4)
+
+
+def test_least_width_is_kept_by_every_layer(models) -> None:
+    splitter = Splitter(pipeline.load_model(models["sequential"]), minimum_width=6)
+    graph = splitter.graph(splitter.keep(BranchSpec(0.1, 0.1), 0, 10))
+    assert [graph.layer(name).channels for name in ("conv1", "fc2")] == [6, 6]
 
 
 def test_wrong_options_are_told_at_once() -> None:
