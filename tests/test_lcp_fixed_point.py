@@ -98,3 +98,43 @@ def test_large_logits_keep_their_order() -> None:
     assert np.abs(network.logits(x)).max() > 8
     assert told.argmax(axis=1).tolist() == [0, 2]
     np.testing.assert_allclose(told * 4, network.logits(x), atol=0.01)
+
+
+def wide_range(scale: float, activation: str) -> BranchNetwork:
+    """Two branches whose activations go up to `scale`, which the head takes back."""
+    branches = []
+    for i in range(2):
+        inputs = keras.Input((3,), name=f"x{i}")
+        first = keras.layers.Dense(3, activation=activation, name=f"first{i}")
+        second = keras.layers.Dense(3, activation="relu", name=f"second{i}")
+        model = keras.Model(inputs, second(first(inputs)), name=f"b{i}")
+        first.set_weights([3 * np.eye(3, dtype=np.float32), np.full(3, 0.5, np.float32)])
+        second.set_weights([scale / 3 * np.eye(3, dtype=np.float32), np.zeros(3, np.float32)])
+        branches.append(Branch(f"b{i}", f"d{i}", model, ""))
+    inputs = keras.Input((6,), name="joined")
+    last = keras.layers.Dense(3, name="logits")
+    head = keras.Model(inputs, last(inputs), name="head")
+    kernel = np.concatenate([np.eye(3), np.eye(3)]) / scale
+    last.set_weights([kernel.astype(np.float32), np.array([0.1, 0.0, -0.1], np.float32)])
+    return BranchNetwork(tuple(branches), head, Fusion.CONCAT)
+
+
+def test_activations_beyond_the_range_are_halved_until_they_fit() -> None:
+    network = wide_range(9.0, "relu")
+    x = np.random.default_rng(0).uniform(0, 1, (64, 3)).astype(np.float32)
+    assert network.features(x)[0].max() > 8
+
+    told = fixed_point_logits(network, x, x)
+
+    np.testing.assert_allclose(4 * told, network.logits(x), atol=0.01)
+
+
+def test_what_halving_would_change_is_not_halved() -> None:
+    network = wide_range(9.0, "tanh")
+    x = np.random.default_rng(0).uniform(0, 1, (64, 3)).astype(np.float32)
+    features = [FixedPoint.of(branch.model).run(x) for branch in network.branches]
+
+    told = fixed_point_logits(network, x, x)
+
+    whole = FixedPoint.of(network.head).run(np.concatenate(features, axis=1))
+    assert np.array_equal(told, whole)

@@ -3,11 +3,16 @@
 Numbers are multiples of 2^-13 in [-4, 4), what is larger is clipped. Products are summed in float32
 (hardware has wide accumulators) and rounded where a layer stores its output. A batch norm that can
 be is folded into the layer before, and that layer's folded kernel is rounded.
+
+Activations of trained networks leave [-4, 4). Where all that a network does but its biases is
+homogeneous (ReLU, sums, pooling), its inputs and biases are halved until they fit: every activation
+is then halved as often, and who is largest stays the same.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,18 +43,35 @@ def fixed(values: Any) -> Floats:
 def fixed_point_logits(network: BranchNetwork, inputs: Floats, calibration: Floats) -> Floats:
     """Logits (N, C) of a branch network whose every part calculates in 3.13 fixed point.
 
-    The head's weights are halved until logits fit: who is largest stays the same.
+    Inputs and biases are halved until activations fit, where that changes nothing else, and the
+    head's weights until logits do: who is largest stays the same.
 
     Args:
         network: Trained.
         inputs: (N, ...) float32 model inputs.
-        calibration: Others, which tell how large logits become.
+        calibration: Others, which tell how large activations and logits become.
     """
-    largest = max(float(np.abs(network.logits(calibration)).max()), LIMIT)
-    halvings = math.ceil(math.log2(largest / LIMIT))
-    features = [FixedPoint.of(branch.model).run(inputs) for branch in network.branches]
-    head = FixedPoint.of(network.head, scale=2.0**-halvings)
+    models = [branch.model for branch in network.branches]
+    share = 1.0
+    if all(FixedPoint.of(model).homogeneous for model in models):
+        largest = [FixedPoint.of(model).largest(calibration) for model in models]
+        together = merged(network.merge, network.features(calibration))
+        share = _halved(max(*largest, float(np.abs(together).max())))
+    head_share = _halved(share * float(np.abs(network.logits(calibration)).max()))
+    features = [FixedPoint.of(model, biases=share).run(share * inputs) for model in models]
+    head = FixedPoint.of(network.head, kernels=head_share, biases=share * head_share)
     return head.run(fixed(merged(network.merge, features)))
+
+
+def _halved(largest: float) -> float:
+    """1, 1/2, 1/4, ...: what brings the largest value into the range."""
+    return 2.0 ** -math.ceil(math.log2(max(largest, LIMIT) / LIMIT))
+
+
+_HOMOGENEOUS = (None, "relu", "leaky_relu")
+_OTHERWISE = ("Multiply", "Rescaling", "Normalization", "Softmax", "BatchNormalization")
+"""Operators that do not halve their output when their inputs and biases are; batch norm if not
+folded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +89,13 @@ class FixedPoint:
     kernels: dict[str, list[Floats]]
 
     @classmethod
-    def of(cls, model: keras.Model, *, scale: float = 1.0) -> FixedPoint:
+    def of(cls, model: keras.Model, *, kernels: float = 1.0, biases: float = 1.0) -> FixedPoint:
         """Fold and round.
 
         Args:
             model: Trained.
-            scale: Of every weight before it is rounded; for a model of one layer.
+            kernels: What every kernel is multiplied by before it is rounded.
+            biases: What every bias is.
 
         Raises:
             UnsupportedLayer: as `exporter.graph.layer_graph`.
@@ -80,41 +103,65 @@ class FixedPoint:
         calls = trace(model)
         graph = graph_of_trace(calls, str(model.name))
         layers = {call.name: call.layer for call in calls.calls}
-        kernels: dict[str, list[Any]] = {}
+        found: dict[str, list[Any]] = {}
         for layer in graph.layers:
             if layer.kernel_parameters:
                 kernel, *bias = layers[layer.name].get_weights()
-                kernels[layer.name] = [kernel, bias[0] if bias else np.zeros(layer.channels)]
+                found[layer.name] = [kernel, bias[0] if bias else np.zeros(layer.channels)]
         for layer in graph.layers:
             if layer.folded:
                 host = _host(graph, layer)
-                kernel, bias = kernels[host.name]
+                kernel, bias = found[host.name]
                 factor, offset = _scale_of(layers[layer.name])
                 wide = factor
                 if host.op == "DepthwiseConv2D":
                     wide = factor.reshape(kernel.shape[-2], kernel.shape[-1])
-                kernels[host.name] = [kernel * wide, bias * factor + offset]
-        return cls(calls, graph, {k: [fixed(scale * x) for x in v] for k, v in kernels.items()})
+                found[host.name] = [kernel * wide, bias * factor + offset]
+        rounded = {
+            name: [fixed(kernels * kernel), fixed(biases * bias)]
+            for name, (kernel, bias) in found.items()
+        }
+        return cls(calls, graph, rounded)
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether halving inputs and biases halves every activation."""
+        return all(
+            layer.activation in _HOMOGENEOUS and (layer.folded or layer.op not in _OTHERWISE)
+            for layer in self.graph.layers
+        )
+
+    def largest(self, inputs: Floats) -> float:
+        """Magnitude of the largest activation of inputs (N, ...), if activations were floats."""
+        values = (
+            value
+            for i in range(0, len(inputs), BATCH)
+            for value in self._values(inputs[i : i + BATCH], np.asarray).values()
+        )
+        return max(float(np.abs(value).max()) for value in values)
 
     def run(self, inputs: Floats) -> Floats:
         """The output (N, ...) float32 of inputs (N, ...)."""
-        parts = [self._batch(inputs[i : i + BATCH]) for i in range(0, len(inputs), BATCH)]
+        parts = [
+            self._values(inputs[i : i + BATCH], fixed)[self.calls.outputs[0]]
+            for i in range(0, len(inputs), BATCH)
+        ]
         return np.concatenate(parts)
 
-    def _batch(self, inputs: Floats) -> Floats:
-        values: dict[str, Any] = {}
+    def _values(self, inputs: Floats, stored: Callable[[Any], Floats]) -> dict[str, Floats]:
+        """What every layer gives, as it is stored."""
+        values: dict[str, Floats] = {}
         for call in self.calls.calls:
             layer = self.graph.layer(call.name)
             if not call.inputs:
-                values[call.name] = fixed(inputs)
+                values[call.name] = stored(inputs)
                 continue
             taken = [values[name] for name in call.inputs]
             if layer.folded:
                 values[call.name] = taken[0]
                 continue
-            values[call.name] = fixed(self._called(call.layer, layer, taken))
-        result: Floats = values[self.calls.outputs[0]]
-        return result
+            values[call.name] = stored(self._called(call.layer, layer, taken))
+        return values
 
     def _called(self, layer: keras.layers.Layer, known: Layer, taken: list[Any]) -> Floats:
         from keras import ops
