@@ -254,6 +254,7 @@ def digits_run(split: Split, seed: int) -> dict[str, Any]:
         training=TrainOptions(
             epochs=30, batch=64, rate=2e-3, decay=1e-4, part_dropout=split.dropout, seed=seed
         ),
+        cache=CACHE,
         seed=seed,
     )
     method = LCP()

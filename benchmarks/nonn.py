@@ -1,6 +1,7 @@
 """NoNN: the authors' own students as an int8 fleet, a teacher's filters, and students of our own.
 
     python -m benchmarks.nonn published [--images N] [--live N]   # minutes; needs the shared data
+    python -m benchmarks.nonn heads [--taught N]                  # minutes; needs the shared data
     python -m benchmarks.nonn filters                             # minutes; needs the shared data
     python -m benchmarks.nonn recipe digits [--seeds N]           # minutes
     python -m benchmarks.nonn recipe resnet56_cifar10 [--seeds N] # days on a CPU: take a GPU
@@ -9,6 +10,8 @@
 `published` loads the two trained students that the authors published, exports them to int8 as
 `shoal export` does, and compares float with int8 on the CIFAR-10 test images, with everybody there
 and with each student lost. `--live` of them are also asked of a fleet of processes around a broker.
+`heads` trains nothing but the authors' merging layer anew, on what the int8 students say of
+training images, one of them unheard now and then: what does tolerating a loss take?
 `filters` parts the knowledge of the trained ResNet-56. `recipe` teaches two students, without and
 with student dropout and with the paper's loss, and one student of the same size alone with
 distillation; the last 5 000 training images of CIFAR-10 are never trained on, and nothing is chosen
@@ -64,18 +67,15 @@ def cached(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         part = path.with_suffix(".part.npy")
         np.save(part, make())
         part.replace(path)
-    return np.load(path)
+    found: np.ndarray = np.load(path)
+    return found
 
 
-def published(images: int, live: int) -> dict[str, Any]:
-    """Float and int8 accuracy of the authors' students."""
-    from agent.protocol.fleet import load_fleet
+def authors_network(images: int) -> tuple[Any, Any]:
+    """The authors' students as branches, and CIFAR-10 as they read it with so many test images."""
     from agent.protocol.plan import Fusion
-    from exporter import pipeline
-    from exporter.bundle import write_bundle
     from exporter.data import load_data
-    from exporter.methods.branches import Branch, BranchNetwork, merged, settle
-    from exporter.methods.branches.network import HEAD
+    from exporter.methods.branches import Branch, BranchNetwork
     from exporter.zoo.nonn_students import DEVIATION, MEAN, published_students
 
     data = load_data(str(npz_path("cifar10")))
@@ -84,14 +84,98 @@ def published(images: int, live: int) -> dict[str, Any]:
     data = data.preprocessed(scale, offset)
     data = replace(data, test=data.test.take(np.arange(min(images, len(data.test)))))
     authors = published_students(STUDENTS)
-    network = BranchNetwork(
-        tuple(
-            Branch(f"student-{side}", f"pi-{side}", model, f"{model.output_shape[-1]} filters")
-            for side, model in zip(("left", "right"), authors.students, strict=True)
-        ),
-        authors.head,
-        Fusion.CONCAT,
+    branches = tuple(
+        Branch(f"student-{side}", f"pi-{side}", model, f"{model.output_shape[-1]} filters")
+        for side, model in zip(("left", "right"), authors.students, strict=True)
     )
+    return BranchNetwork(branches, authors.head, Fusion.CONCAT), data
+
+
+def fleet_of(text: str) -> Any:
+    """A fleet of its file's text."""
+    from agent.protocol.fleet import load_fleet
+
+    with tempfile.TemporaryDirectory() as home:
+        path = Path(home) / "fleet.yaml"
+        path.write_text(text)
+        return load_fleet(path)
+
+
+UNHEARD = (0.1, 0.3, 0.5)
+"""Chances that a student is not heard while the merging layer is trained."""
+
+
+def heads(images: int, taught: int) -> dict[str, Any]:
+    """The authors' int8 students with their merging layer, and with others trained for losses."""
+    import keras
+
+    from exporter import pipeline
+    from exporter.data import Split
+    from exporter.methods.branches import merged
+    from exporter.methods.branches.network import HEAD
+    from exporter.training import TrainOptions, cross_entropy, train
+
+    network, data = authors_network(images)
+    fleet = fleet_of(FLEET)
+    *students, last = network.pieces(data, fleet)
+    run = pipeline.runner(pipeline.quantize(students, data, fleet, "int8", quiet))
+    training = data.train.take(np.arange(taught))
+
+    def said(frames: np.ndarray, name: str) -> list[np.ndarray]:
+        inputs = data.inputs(frames)
+        return [
+            cached(f"int8_{piece.name}_{name}{len(frames)}", partial(run, piece.name, inputs))
+            for piece in students
+        ]
+
+    features, known = said(data.test.frames, ""), said(training.frames, "train_")
+    samples = Split(np.concatenate(known, axis=1), training.labels)
+    widths = [part.shape[1] for part in known]
+    first = network.head.get_weights()
+    rows = {}
+    for chance in (None, *UNHEARD):
+        network.head.set_weights(first)
+        if chance is not None:
+
+            def loss(x: Any, labels: Any, heard: Any) -> Any:
+                whose = keras.ops.concatenate(
+                    [keras.ops.repeat(heard[:, i : i + 1], w, 1) for i, w in enumerate(widths)], 1
+                )
+                return cross_entropy(network.head(x * whose, training=True), labels)
+
+            train(
+                [network.head],
+                loss,
+                samples,
+                np.asarray,
+                TrainOptions(epochs=40, rate=2e-3, part_dropout=chance),
+                parts=len(widths),
+                progress=quiet,
+            )
+        piece = replace(last, model=network.head)
+        finish = pipeline.runner(pipeline.quantize([piece], data, fleet, "int8", quiet))
+
+        def accuracy(heard: Sequence[bool], finish: Any = finish) -> float:
+            logits = finish(HEAD, merged(network.merge, features, heard))
+            return float(np.mean(logits.argmax(1) == data.test.labels))
+
+        rows["authors" if chance is None else str(chance)] = {
+            "together": accuracy((True, True)),
+            "right_lost": accuracy((True, False)),
+            "left_lost": accuracy((False, True)),
+        }
+    return {"images": len(data.test.labels), "taught": taught, "rows": rows}
+
+
+def published(images: int, live: int) -> dict[str, Any]:
+    """Float and int8 accuracy of the authors' students."""
+    from agent.protocol.plan import Fusion
+    from exporter import pipeline
+    from exporter.bundle import write_bundle
+    from exporter.methods.branches import merged, settle
+    from exporter.methods.branches.network import HEAD
+
+    network, data = authors_network(images)
     labels = data.test.labels
     count = len(labels)
 
@@ -110,16 +194,14 @@ def published(images: int, live: int) -> dict[str, Any]:
         inputs = data.inputs(data.test.frames)
         return np.concatenate(
             [
-                np.asarray(authors.students[side](inputs[i : i + 100], training=False))
+                np.asarray(network.branches[side].model(inputs[i : i + 100], training=False))
                 for i in range(0, count, 100)
             ]
         )
 
     in_float = [cached(f"float_{side}_{count}", partial(float_features, side)) for side in range(2)]
     with tempfile.TemporaryDirectory() as home:
-        fleet_file = Path(home) / "fleet.yaml"
-        fleet_file.write_text(FLEET)
-        fleet = load_fleet(fleet_file)
+        fleet = fleet_of(FLEET)
         exported = pipeline.quantize(
             network.pieces(data, fleet), data, fleet, "int8", quiet, allow_drift=True
         )
@@ -134,7 +216,7 @@ def published(images: int, live: int) -> dict[str, Any]:
         in_int8 = [kept(branch.name, inputs) for branch in network.branches]
         result: dict[str, Any] = {
             "images": count,
-            "float": table(in_float, lambda x: np.asarray(authors.head(x))),
+            "float": table(in_float, lambda x: np.asarray(network.head(x))),
             "int8": table(in_int8, lambda x: run(HEAD, x)),
             "tflite_bytes": {piece.name: len(piece.tflite) for piece in exported},
             "payload_bytes": {p.name: p.message_bytes for p in exported if p.name != HEAD},
@@ -321,17 +403,18 @@ RECIPES = {
     "wrn40_4_cifar10": Recipe(wrn40_4, 50, 16, AT_LENGTH),
 }
 VARIANTS = {
-    "two students": (2, 100.0, 0.0),
-    "two students, student dropout 0.2": (2, 100.0, 0.2),
-    "two students, the paper's loss": (2, 1e4, 0.0),
-    "one student alone, distilled": (1, 0.0, 0.0),
+    "two students": (2, 100.0, 0.0, 1),
+    "two students, student dropout 0.2": (2, 100.0, 0.2, 1),
+    "two students, student dropout 0.4": (2, 100.0, 0.4, 1),
+    "two students of twice the size, student dropout 0.4": (2, 100.0, 0.4, 2),
+    "two students, the paper's loss": (2, 1e4, 0.0, 1),
+    "one student alone, distilled": (1, 0.0, 0.0, 1),
 }
-"""Students, weight of the activations, chance that a student is not heard."""
+"""Students, weight of the activations, chance that a student is not heard, times the size."""
 
 
 def recipe(name: str, variant: str, seed: int) -> dict[str, Any]:
     """Teach students and measure them on test data, float and int8."""
-    from agent.protocol.fleet import load_fleet
     from exporter import pipeline
     from exporter.graph import layer_graph
     from exporter.methods.branches import merged
@@ -343,25 +426,22 @@ def recipe(name: str, variant: str, seed: int) -> dict[str, Any]:
     from exporter.training import TrainOptions
 
     chosen = RECIPES[name]
-    students, beta, dropout = VARIANTS[variant]
+    students, beta, dropout, size = VARIANTS[variant]
     base, data = chosen.teacher()
     options = NonnOptions(
         communities=CommunityOptions(seed=seed),
         loss=LossOptions(beta=beta),
         training=TrainOptions(**chosen.training, part_dropout=dropout, seed=seed),
         depth=chosen.depth,
-        ratio=chosen.ratio,
+        ratio=chosen.ratio / size,
         cache=CACHE,
         seed=seed,
     )
     workers = "".join(f"  - {{id: pi-{i}, kind: pi-4}}\n" for i in range(students))
-    with tempfile.TemporaryDirectory() as home:
-        path = Path(home) / "fleet.yaml"
-        path.write_text(
-            f"shoal: 1\nfleet: class\naggregator: hub\ndevices:\n{workers}"
-            "  - {id: hub, kind: pi-4, tier: edge}\n"
-        )
-        fleet = load_fleet(path)
+    fleet = fleet_of(
+        f"shoal: 1\nfleet: class\naggregator: hub\ndevices:\n{workers}"
+        "  - {id: hub, kind: pi-4, tier: edge}\n"
+    )
     room = classroom(base, data, fleet, options)
     history = teach(room, data, options, quiet)
     x, labels = data.inputs(data.test.frames), data.test.labels
@@ -413,6 +493,8 @@ def draw() -> str:
     lines = ["# NoNN: students that share a teacher's knowledge", ""]
     if "published" in stored:
         lines += _published_table(stored["published"])
+    if "heads" in stored:
+        lines += _heads_table(stored["heads"])
     for name, chosen in RECIPES.items():
         if runs := stored.get(f"recipe {name}", {}).get("runs"):
             lines += _recipe_table(name, chosen, runs)
@@ -468,6 +550,26 @@ def _published_table(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _heads_table(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "The same int8 students; of the fleet nothing but the merging layer is trained anew, on "
+        f"what they say of {result['taught']:,} training images, each unheard with a chance. "
+        f"Accuracy in % on {result['images']:,} test images:",
+        "",
+        "| merging layer | both | the one with 46 filters lost | the one with 34 filters lost "
+        "| points that the worse loss costs |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        what = "the authors'" if name == "authors" else f"unheard {float(name) * 100:.0f} %"
+        cells = [row[key] for key in ("together", "right_lost", "left_lost")]
+        lines.append(
+            f"| {what} | {' | '.join(map(_percent, cells))} "
+            f"| {100 * (cells[0] - min(cells[1:])):.2f} |"
+        )
+    return [*lines, ""]
+
+
 def _filters_text(result: dict[str, Any]) -> list[str]:
     sizes = ", ".join(map(str, result["communities"]))
     parts = "; ".join(
@@ -491,22 +593,27 @@ def _recipe_table(name: str, chosen: Recipe, runs: dict[str, Any]) -> list[str]:
     lines = [
         f"`{name}`: teacher {_percent(one['accuracy_teacher'])} %, "
         f"{one['parameters_teacher']:,} parameters, {size} times a student's "
-        f"({', '.join(f'{x:,}' for x in one['parameters'])}). Test data, mean +- deviation over "
+        f"({', '.join(f'{x:,}' for x in one['parameters'])}). One student lost may cost 3 points. "
+        "Test data, mean +- deviation over "
         "seeds (their number in brackets), %:",
         "",
-        "| students | float | int8 | worst one lost, int8 | points below the teacher, int8 |",
-        "|---|---|---|---|---|",
+        "| students | parameters | float | int8 | worst one lost, int8 | that costs "
+        "| points below the teacher, int8 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for variant in VARIANTS:
         found = [run for key, run in runs.items() if key.rpartition(" #")[0] == variant]
         if not found:
             continue
         lost = [min(run["one_lost_int8"]) for run in found if run["one_lost_int8"]]
+        costs = 100 * (np.mean([run["accuracy_int8"] for run in found]) - np.mean(lost or [0]))
         below = np.mean([run["accuracy_teacher"] - run["accuracy_int8"] for run in found])
         lines.append(
-            f"| {variant} | {_percent(*(run['accuracy'] for run in found))} "
+            f"| {variant} | {sum(found[0]['parameters']):,} "
+            f"| {_percent(*(run['accuracy'] for run in found))} "
             f"| {_percent(*(run['accuracy_int8'] for run in found))} "
-            f"| {_percent(*lost) if lost else '-'} | {100 * below:.2f} |"
+            f"| {_percent(*lost) if lost else '-'} | {f'{costs:.2f}' if lost else '-'} "
+            f"| {100 * below:.2f} |"
         )
     ours, alone = (
         np.mean([run["accuracy_int8"] for key, run in runs.items() if key.rpartition(" #")[0] == v])
@@ -526,10 +633,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("part", choices=["published", "filters", "recipe"])
+    parser.add_argument("part", choices=["published", "heads", "filters", "recipe"])
     parser.add_argument("recipe", nargs="?", choices=list(RECIPES), default="digits")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--live", type=int, default=200)
+    parser.add_argument("--taught", type=int, default=5_000, metavar="IMAGES")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     from exporter.quantize.native_stderr import start_tensorflow
@@ -549,6 +657,8 @@ def main() -> None:
         return
     if arguments.part == "filters":
         result = filters()
+    elif arguments.part == "heads":
+        result = heads(arguments.images, arguments.taught)
     else:
         result = published(arguments.images, arguments.live)
     result["seconds"] = round(time.monotonic() - started)
