@@ -460,6 +460,31 @@ def _watch_live(watcher: Any, state: Any) -> None:
 
 
 @click.command()
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--runtime",
+    default="litert",
+    show_default=True,
+    type=click.Choice(["litert", "tflite-runtime", "tflite-micro"]),
+    help="What runs them; tflite-micro is a stand-in here, and slow.",
+)
+@click.option("--rounds", default=40, show_default=True, type=click.IntRange(1), help="Runs each.")
+@click.option("-o", "--out", type=FILE, help="Write the JSON there; else it is printed.")
+def time(folder: Path, runtime: str, rounds: int, out: Path | None) -> None:
+    """Time every .tflite of a folder on this machine, for `shoal profile --timings`."""
+    from agent.console import talk
+    from agent.protocol.fleet import Runtime
+    from agent.timing import time_folder
+
+    text = time_folder(folder, runtime=Runtime(runtime), rounds=rounds).model_dump_json(indent=1)
+    if out is None:
+        click.echo(text)
+        return
+    out.write_text(text + "\n", encoding="utf-8")
+    talk(f"{out}: timed; now: shoal profile --timings {out}")
+
+
+@click.command()
 @target_options
 @click.option("--count", type=click.IntRange(min=1), help="End after this many messages.")
 @click.option("--values", is_flag=True, help="With --json: tensors with their values.")

@@ -189,6 +189,47 @@ def load_piece(
     )
 
 
+TIMED_ARENA_BYTES = 1_000_000
+
+
+class BareModel:
+    """A .tflite without a manifest, to be timed: it runs on numbers that mean nothing.
+
+    Attributes:
+        runtime: What executes it, which need not be what was asked for.
+
+    Args:
+        content: The file.
+        runtime: What is asked for.
+
+    Raises:
+        ShoalError: no runtime is installed, or the file does not load.
+    """
+
+    def __init__(self, content: bytes, runtime: Runtime) -> None:
+        self.runtime = _choose("to be timed", runtime)
+        self._backend: _Backend
+        try:
+            if self.runtime is Runtime.TFLITE_MICRO:
+                self._backend = _Micro(content, max(10 * len(content), TIMED_ARENA_BYTES), 1)
+            else:
+                self._backend = _Lite(f"{_MODULES[self.runtime]}.interpreter", content)
+        except (ValueError, RuntimeError) as error:
+            raise ShoalError(f"{self.runtime.value} cannot load it: {error}") from error
+        taken, _ = self._backend.describe()
+        shape, dtype = tuple(int(n) for n in taken["shape"]), np.dtype(taken["dtype"])
+        values = np.random.default_rng(0).integers(-100, 101, shape)
+        self._values: NDArray[np.generic] = values.astype(dtype)
+
+    def run(self) -> float:
+        """One inference; seconds that writing the input, running and copying the output took."""
+        begin = time.perf_counter()
+        self._backend.write(0, self._values)
+        self._backend.invoke()
+        self._backend.read(0).copy()
+        return time.perf_counter() - begin
+
+
 def lookup_table(frame: FrameSpec, spec: TensorSpec) -> NDArray[np.int8]:
     """The int8 input for each of the 256 values of a uint8 frame, by the float path itself.
 
@@ -231,7 +272,9 @@ def _notice(asked: Runtime, chosen: Runtime) -> str | None:
 
 def _start(runtime: Runtime, content: bytes, entry: PieceEntry) -> _Backend:
     if runtime is Runtime.TFLITE_MICRO:
-        return _Micro(content, entry)
+        # Room for the recording allocator on top of what the piece itself was measured to need.
+        arena = max(2 * (entry.arena_bytes or 0), 10 * len(content), 65_536)
+        return _Micro(content, arena, 1 + max(spec.index for spec in entry.outputs))
     return _Lite(f"{_MODULES[runtime]}.interpreter", content)
 
 
@@ -276,18 +319,15 @@ class _Lite:
 class _Micro:
     """TFLite-Micro built for this machine."""
 
-    def __init__(self, content: bytes, entry: PieceEntry) -> None:
+    def __init__(self, content: bytes, arena_bytes: int, outputs: int) -> None:
         module = importlib.import_module("tflite_micro.python.tflite_micro.runtime")
-        # Room for the recording allocator on top of what the piece itself was measured to need.
-        arena = max(2 * (entry.arena_bytes or 0), 10 * len(content), 65_536)
         self._content = content  # the interpreter reads the weights from here
-        self._interpreter = module.Interpreter.from_bytes(content, arena_size=arena)
+        self._interpreter = module.Interpreter.from_bytes(content, arena_size=arena_bytes)
         details = self._interpreter.get_input_details(0)
         self._input: NDArray[Any] = np.zeros(tuple(details["shape"]), details["dtype"])
-        count = 1 + max(spec.index for spec in entry.outputs)
         self._details = (
             details,
-            [self._interpreter.get_output_details(index) for index in range(count)],
+            [self._interpreter.get_output_details(index) for index in range(outputs)],
         )
 
     def write(self, index: int, values: NDArray[np.generic]) -> None:

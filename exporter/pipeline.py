@@ -69,6 +69,9 @@ METHODS: Mapping[str, Method] = {
 OWN_NETWORK = frozenset({"ddnn"})
 """Methods that train a network of their own: they take no model."""
 
+SEVERAL_EXITS = frozenset({"edgent"})
+"""Methods that take a model with several outputs, each an exit."""
+
 VERIFIED_RUNTIMES = {
     Runtime.LITERT: "litert",
     Runtime.TFLITE_RUNTIME: "litert-optimized",
@@ -129,7 +132,7 @@ def export(
     ]
     exported += quantize(settled.pieces, data, fleet, dtype, progress, allow_drift=allow_drift)
     refuse(check_budgets(_by_device(exported), fleet))
-    base_figures = {} if base is None else measure_base(base, data, dtype)
+    base_figures = {} if base is None else measure_base(_last_exit(base), data, dtype)
     with fresh_folder(out) as folder:
         return write_bundle(
             folder,
@@ -199,7 +202,7 @@ def load(
                 "use --method ddnn, or give one view",
             )
         if base is not None:
-            data = _matched(base, data)
+            data = _matched(_last_exit(base), data)
     except ShoalError as error:
         findings.append(error.message)
         hints.append(error.hint or "")
@@ -225,16 +228,29 @@ def _model_of(method: str, path: Path | None) -> Any:
         raise DataError(
             f"{method} spreads a trained model, but none is given", "name a .keras file"
         )
-    return load_model(path)
+    return load_model(path, several_exits=method in SEVERAL_EXITS)
+
+
+def _last_exit(base: keras.Model) -> keras.Model:
+    """The model up to its last output."""
+    import keras
+
+    if len(base.outputs) == 1:
+        return base
+    return keras.Model(base.inputs, base.outputs[-1], name=f"{base.name}_last")
 
 
 _HOW_TO_SAVE = "save the model with model.save('NAME.keras') from Keras 3"
 
 
-def load_model(path: Path) -> keras.Model:
+def load_model(path: Path, *, several_exits: bool = False) -> keras.Model:
     """Read a trained Keras model.
 
     Nothing in the file is run: custom classes and functions are refused before Keras sees them.
+
+    Args:
+        path: A .keras file.
+        several_exits: Take a model whose outputs are all (N, classes), the last one its best.
 
     Raises:
         DataError: not there, not a Keras 3 model, or with several inputs or outputs.
@@ -250,8 +266,9 @@ def load_model(path: Path) -> keras.Model:
     except Exception as error:  # Keras raises what it likes on a file it cannot read
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{path}: not a Keras 3 model: {reason}", _HOW_TO_SAVE) from None
-    single = isinstance(model.input_shape, tuple) and isinstance(model.output_shape, tuple)
-    if not single or len(model.output_shape) != 2:
+    shapes = model.output_shape if isinstance(model.output_shape, list) else [model.output_shape]
+    outputs_fit = len(set(shapes)) == 1 and (several_exits or len(shapes) == 1)
+    if not isinstance(model.input_shape, tuple) or not outputs_fit or len(shapes[0]) != 2:
         raise DataError(
             f"{path}: expected one input and one output (N, classes), found inputs of shape "
             f"{model.input_shape} and outputs of shape {model.output_shape}",

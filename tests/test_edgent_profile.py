@@ -28,9 +28,9 @@ def samples(count: int, seed: int, noise: float = 0.0) -> list[LayerSample]:
     for _ in range(count):
         macs, sizes = rng.uniform(1e4, 1e7), rng.uniform(1e2, 1e4, 2)
         took = (0.1 + 2e-6 * macs) * (1 + noise * rng.normal())
-        features = (3.0, 100.0, *sizes, macs, 10.0)
+        features = (3.0, 100.0, *sizes, macs, 10.0, 0.0)
         found.append(LayerSample(kind="conv", features=features, latency_ms=took))
-        features = (3.0, 0.0, *sizes, 0.0, 0.0)
+        features = (3.0, 0.0, *sizes, 0.0, 0.0, 0.0)
         found.append(LayerSample(kind="pool", features=features, latency_ms=1e-5 * sizes[0]))
     return found
 

@@ -18,8 +18,8 @@ KIND_OF_OP = {
     "Activation": "relu",
     "MaxPooling2D": "pool",
     "AveragePooling2D": "pool",
-    "GlobalAveragePooling2D": "pool",
-    "GlobalMaxPooling2D": "pool",
+    "GlobalAveragePooling2D": "mean",
+    "GlobalMaxPooling2D": "mean",
     "BatchNormalization": "norm",
     "LayerNormalization": "norm",
     "Dropout": "dropout",
@@ -35,11 +35,20 @@ KIND_OF_OP = {
 VIEWS = frozenset({"InputLayer", "Flatten", "Reshape"})
 """Take no time, and do not count as layers."""
 
-FEATURES = ("input_maps", "kernel_work", "input_size", "output_size", "macs", "parameters")
+FEATURES = (
+    "input_maps",
+    "kernel_work",
+    "input_size",
+    "output_size",
+    "macs",
+    "parameters",
+    "taps",
+)
 """What a latency may depend on, all numbers of elements.
 
 `input_maps`, `kernel_work` = (filter / stride)^2 x filters, `input_size` and `output_size` are
-Edgent's; `macs` and `parameters` are ours.
+Edgent's; `macs`, `parameters` and `taps` are ours: a tap is one position of a kernel over one
+pixel, whatever the channels that are summed there.
 """
 
 
@@ -141,6 +150,7 @@ def _work(graph: LayerGraph, layer: Layer, cut: int | None) -> LayerWork:
         "output_size": float(layer.elements),
         "macs": float(layer.macs),
         "parameters": float(layer.inference_parameters),
+        "taps": layer.macs / shape[-1] if filter_work else 0.0,
     }
     return LayerWork(
         name=layer.name,

@@ -96,6 +96,8 @@ class Edgent:
     ) -> Design:
         """Attach and train exits, reckon every way, and make the pieces of the best few.
 
+        A model with several outputs has its exits, trained, and is taken as it is.
+
         Raises:
             PlanDoesNotFit: not even the earliest exit fits the device.
             ShoalError: a fleet that is not one device and one server, a model that cannot be cut.
@@ -105,18 +107,7 @@ class Edgent:
 
         device, server = roles(fleet)
         keras.utils.set_random_seed(options.seed)
-        base = without_softmax(base)
-        graph = layer_graph(base)
-        branchy = add_exits(base, options.exits or places_by_macs(graph, options.shares))
-        checkpoint = None if options.cache is None else Checkpoint(options.cache / "edgent")
-        train_exits(
-            branchy,
-            data,
-            options.training,
-            weights=options.weights,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
+        branchy = base if len(base.outputs) > 1 else self._with_exits(base, data, options, progress)
         held = data.inputs(data.held_out.frames)
         accuracies = (exit_logits(branchy, held).argmax(-1) == data.held_out.labels).mean(axis=1)
         found_chains = chains(layer_graph(branchy))
@@ -128,6 +119,7 @@ class Edgent:
             device_profile,
             server_profile,
             directions=options.directions,
+            load_ms=(device_profile.piece_ms, server_profile.piece_ms),
         )
         limit_ms = fleet.deadline_ms if options.limit_ms is None else options.limit_ms
         table = cost_table(found, link.latency_ms)
@@ -155,6 +147,24 @@ class Edgent:
             measured_profile=device_profile.source == server_profile.source == "measured",
         )
         return Design(pieces=pieces, facts=facts)
+
+    def _with_exits(
+        self, base: keras.Model, data: DataSet, options: EdgentOptions, progress: Progress
+    ) -> keras.Model:
+        """The model with exits, all trained together."""
+        base = without_softmax(base)
+        graph = layer_graph(base)
+        branchy = add_exits(base, options.exits or places_by_macs(graph, options.shares))
+        checkpoint = None if options.cache is None else Checkpoint(options.cache / "edgent")
+        train_exits(
+            branchy,
+            data,
+            options.training,
+            weights=options.weights,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        return branchy
 
     def settle(
         self, design: Design, data: DataSet, fleet: Fleet, options: EdgentOptions, run: RunPiece

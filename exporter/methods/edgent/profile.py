@@ -18,8 +18,10 @@ from agent.protocol.plan import Contract, Name
 from exporter.methods.edgent.layers import FEATURES, Chain, LayerWork
 
 FOLDS = 5
+LEAST_MS = 2e-3
+"""Layers quicker than this count as if they took so long where errors are weighed by latency."""
 TERMS: dict[str, tuple[str, ...]] = {
-    "conv": ("macs", "input_size", "output_size"),
+    "conv": ("macs", "taps", "output_size"),
     "depthwise": ("macs", "input_size", "output_size"),
     "fc": ("parameters", "input_size"),
 }
@@ -30,6 +32,7 @@ PAPER_TERMS: dict[str, tuple[str, ...]] = {
     "norm": ("input_size",),
     "dropout": ("input_size",),
     "pool": ("input_size", "output_size"),
+    "mean": ("input_size", "output_size"),
     "fc": ("input_size", "output_size"),
 }
 """What Edgent fits: it sees neither a convolution's image size nor its multiplications."""
@@ -90,16 +93,21 @@ class LatencyProfile(Contract):
 
     Attributes:
         device_kind: Such as `pi-4`, or any name of one's own.
-        source: Where the numbers are from: `paper` is for demonstrations.
+        source: Where the numbers are from: `counted` are instructions of an emulated core, `paper`
+            is for demonstrations.
         fused: Batch norm, activations and dropout take no time of their own, as in TFLite.
         samples: What was measured; kept, so that merging fits again on everything.
+        piece_ms: What running any piece takes, whatever its layers.
+        machine: What it was measured on, for people.
     """
 
     device_kind: Name
-    source: Literal["measured", "paper"]
+    source: Literal["measured", "counted", "paper"]
     fused: bool
     layers: tuple[LayerModel, ...]
     samples: tuple[LayerSample, ...] = ()
+    piece_ms: Annotated[float, Field(ge=0.0)] = 0.0
+    machine: str = ""
 
     def layer_ms(self, works: Sequence[LayerWork]) -> NDArray[np.float64]:
         """(N,) float64: the predicted latency of each layer.
@@ -157,10 +165,14 @@ def fit(
     *,
     fused: bool,
     terms: dict[str, tuple[str, ...]] | None = None,
+    source: Literal["measured", "counted"] = "measured",
+    piece_ms: float = 0.0,
+    machine: str = "",
     seed: int = 0,
 ) -> LatencyProfile:
     """A profile from measured layers: non-negative least squares for each kind of layer.
 
+    What is smallest is the sum of squared relative errors: a layer of 10 us counts as one of 10 ms.
     R2 and error are those of samples that a fit has not seen (5 folds; as many as there are samples
     if fewer). Of fewer than 3 samples of a kind neither is known.
 
@@ -169,6 +181,9 @@ def fit(
         samples: Measured layers.
         fused: See `LatencyProfile`.
         terms: Features by kind of layer; TERMS if not given.
+        source: See `LatencyProfile`.
+        piece_ms: See `LatencyProfile`.
+        machine: See `LatencyProfile`.
         seed: Of the folds.
     """
     samples = tuple(samples)
@@ -179,7 +194,7 @@ def fit(
         columns = [FEATURES.index(term) for term in chosen]
         x = np.array([[*(s.features[i] for i in columns), 1.0] for s in own], np.float64)
         y = np.array([sample.latency_ms for sample in own])
-        weights = non_negative_least_squares(x, y)
+        weights = _fitted(x, y)
         r2, error = _held_out(x, y, seed)
         models.append(
             LayerModel(
@@ -194,10 +209,12 @@ def fit(
         )
     return LatencyProfile(
         device_kind=device_kind,
-        source="measured",
+        source=source,
         fused=fused,
         layers=tuple(models),
         samples=samples,
+        piece_ms=piece_ms,
+        machine=machine,
     )
 
 
@@ -213,13 +230,23 @@ def merge(first: LatencyProfiles, second: LatencyProfiles) -> LatencyProfiles:
         known = merged.get(profile.device_kind)
         if known is None or known == profile:
             merged[profile.device_kind] = profile
-        elif known.source != "measured" or profile.source != "measured":
-            problems.append(f"{profile.device_kind}: only measured profiles can be merged")
+        elif known.source != profile.source or known.source == "paper":
+            problems.append(
+                f"{profile.device_kind}: only measured profiles can be merged, or only counted ones"
+            )
         elif known.fused != profile.fused:
             problems.append(f"{profile.device_kind}: one was measured with fused layers, one not")
         else:
             samples = (*known.samples, *profile.samples)
-            merged[profile.device_kind] = fit(profile.device_kind, samples, fused=known.fused)
+            machines = dict.fromkeys(filter(None, (known.machine, profile.machine)))
+            merged[profile.device_kind] = fit(
+                profile.device_kind,
+                samples,
+                fused=known.fused,
+                source=known.source,
+                piece_ms=(known.piece_ms + profile.piece_ms) / 2,
+                machine="; ".join(machines),
+            )
     if problems:
         raise DataError("\n".join(problems), "rename one of the kinds of devices")
     return LatencyProfiles(profiles=tuple(merged.values()))
@@ -277,6 +304,11 @@ def non_negative_least_squares(
     return np.asarray(best / norms)
 
 
+def _fitted(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    share = 1.0 / np.maximum(y, LEAST_MS)
+    return non_negative_least_squares(x * share[:, None], y * share)
+
+
 def _held_out(
     x: NDArray[np.float64], y: NDArray[np.float64], seed: int
 ) -> tuple[float | None, float | None]:
@@ -287,7 +319,7 @@ def _held_out(
     predicted = np.empty_like(y)
     for fold in np.unique(folds):
         out = folds == fold
-        predicted[out] = x[out] @ non_negative_least_squares(x[~out], y[~out])
+        predicted[out] = x[out] @ _fitted(x[~out], y[~out])
     spread = float(np.sum((y - y.mean()) ** 2))
     r2 = None if spread == 0 else 1.0 - float(np.sum((y - predicted) ** 2)) / spread
     known = y > 0
@@ -313,6 +345,7 @@ DEMONSTRATION = LatencyProfiles(
                 "conv": ((6.03e-5, 1.24e-4), 0.189),
                 "relu": ((5.6e-6,), 0.0569),
                 "pool": ((1.63e-5, 4.07e-6), 0.211),
+                "mean": ((1.63e-5, 4.07e-6), 0.211),
                 "norm": ((6.59e-5,), 0.078),
                 "dropout": ((5.23e-6,), 4.64e-3),
                 "fc": ((1.07e-4, -1.83e-4), 0.164),
@@ -324,6 +357,7 @@ DEMONSTRATION = LatencyProfiles(
                 "conv": ((6.13e-3, 2.67e-2), -9.909),
                 "relu": ((1.5e-5,), 0.488),
                 "pool": ((1.33e-4, 3.31e-5), 1.657),
+                "mean": ((1.33e-4, 3.31e-5), 1.657),
                 "norm": ((5.19e-4,), 0.589),
                 "dropout": ((2.34e-6,), 0.0525),
                 "fc": ((9.18e-4, 3.99e-3), 1.169),
