@@ -57,3 +57,15 @@ def test_table_keeps_calibrated_and_uncalibrated_apart() -> None:
     table = speedups.draw()
     assert "| paper | uncalibrated | calibrated |" in table
     assert "Nothing here is measured" in table
+
+
+def test_lcp_is_faster_with_every_step_but_fattening() -> None:
+    fitted = RESULT["lcp"]["pi"]["fitted"]
+    pi = speedups.with_macs(load_platform("pi-3"), fitted["macs_per_s"])
+    steps = speedups.lcp_steps(speedups.with_rate(pi, fitted["memory_bytes_per_s"]))
+    for network, row in RESULT["lcp"]["pi"]["steps"].items():
+        assert steps[network] == pytest.approx(row, rel=1e-6)
+        split, fatter, *thinner = (row[name] for name in speedups.LCP_STEPS)
+        assert fatter <= split
+        assert [fatter, *thinner] == sorted([fatter, *thinner])
+    assert RESULT["lcp"]["pi"]["steps"]["vgg16"]["whole_s"] == pytest.approx(9.4, rel=1e-3)
