@@ -14,6 +14,7 @@ from agent.protocol.messages import MessageKind
 from agent.protocol.plan import FRAME, Fusion
 from agent.runtime import load_piece
 from exporter import pipeline
+from exporter.codegen import generate
 from exporter.methods.ddnn.options import DdnnOptions
 from exporter.methods.ddnn.packed import unpack
 from exporter.methods.ddnn.train import TrainOptions
@@ -84,6 +85,7 @@ def exported(folder: Path, fleet: str, options: DdnnOptions) -> Path:
         method="ddnn",
         options=options,
         progress=quiet,
+        targets=("c",),
     )
     return folder / "bundle"
 
@@ -189,6 +191,20 @@ def test_blocks_are_verified_to_the_bit_and_come_packed_too(bundle: Path) -> Non
         packed = next(x for x in entry.files if x.path.endswith(".sdb"))
         block = unpack((bundle / packed.path).read_bytes())
         assert block.feature_shape == entry.features.shape[1:]
+
+
+def test_a_microcontroller_gets_its_packed_block_as_c(bundle: Path) -> None:
+    entry = read_manifest(bundle).entry("cam-0-block")
+    home = bundle / "cam-0"
+
+    written = {x.path for x in entry.files}
+    generated = generate((home / "cam-0-block.sdb").read_bytes(), "cam_0_block")
+
+    assert {f"cam-0/c/{name}" for name in generated.files} < written
+    assert "cam-0/c/Makefile" in written
+    assert (home / "c" / "cam_0_block.c").read_text() == generated.files["cam_0_block.c"]
+    assert "shoal_binary.c" in generated.files and "shoal_kernels.c" not in generated.files
+    assert generated.constant_bytes <= 750
 
 
 def test_report_shows_the_curve_and_the_lost_devices(bundle: Path) -> None:

@@ -14,6 +14,8 @@ from .graph import Graph, read_graph
 from .layers import Constant, Lowered, Step, lower
 from .memory import Block, Plan, plan_memory
 
+PACKED_MAGIC = b"SDB1"
+"""What a packed block of a DDNN begins with (docs/packed_blocks.md)."""
 KERNEL_FILES = ("shoal_kernels.c", "shoal_kernels.h", "shoal_piece.h")
 _SCRATCH = "scratch"
 
@@ -30,6 +32,7 @@ class GeneratedPiece:
         input_bytes: Of the int8 input.
         output_bytes: Of all outputs together.
         macs: Multiplications of an inference.
+        output_scale: Real value of one step of the first output.
     """
 
     prefix: str
@@ -39,25 +42,31 @@ class GeneratedPiece:
     input_bytes: int
     output_bytes: int
     macs: int
+    output_scale: float
 
 
-def generate(tflite: bytes, prefix: str) -> GeneratedPiece:
-    """Turn an int8 .tflite file into C.
+def generate(content: bytes, prefix: str, *, as_tflite: bool = False) -> GeneratedPiece:
+    """Turn an int8 .tflite file, or a packed block (.sdb), into C.
 
     Args:
-        tflite: The file's bytes; one input, full integer quantization. A float input or output
+        content: The file's bytes; one input, full integer quantization. A float input or output
             that is only converted at the border is left to the caller.
         prefix: Becomes part of every symbol: a C identifier in lower case.
+        as_tflite: Of a packed block: it takes and gives what its .tflite does.
 
     Raises:
-        DataError: No TFLite model, or a prefix that C does not take.
+        DataError: No model, or a prefix that C does not take.
         UnsupportedLayer: Names every operator that cannot be generated, and what to do.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", prefix):
         raise DataError(
             f"prefix {prefix!r} is no C identifier in lower case", "use letters, digits and _"
         )
-    graph = read_graph(tflite)
+    if content.startswith(PACKED_MAGIC):
+        from .binary import generate_block
+
+        return generate_block(content, prefix, as_tflite=as_tflite)
+    graph = read_graph(content)
     lowered = lower(graph)
     placed = _Placed(graph, lowered)
     source = _Source(prefix, graph, lowered, placed)
@@ -71,6 +80,7 @@ def generate(tflite: bytes, prefix: str) -> GeneratedPiece:
         graph.tensors[lowered.input].size,
         placed.output_bytes,
         sum(step.macs for step in lowered.steps),
+        graph.tensors[lowered.outputs[0]].scale,
     )
 
 
@@ -204,10 +214,10 @@ class _Source:
 
     def _layer_text(self, number: int, step: Step) -> str:
         name = self._layer(number)
-        text = [_comment(f"{number}. {step.about}")]
+        text = [comment(f"{number}. {step.about}")]
         # The struct names its tables, so it comes after them.
         for constant in (*step.constants[1:], *step.constants[:1]):
-            text.append(_constant(constant, name))
+            text.append(constant_text(constant, name))
         inputs = ["first", "second"] if len(step.inputs) == 2 else ["input"]
         if len(step.inputs) > 2:
             inputs = [f"input{k}" for k in range(len(step.inputs))]
@@ -257,9 +267,9 @@ class _Source:
             f".input_bytes = {self._prefix.upper()}_INPUT_BYTES",
             f".output_bytes = {self._prefix.upper()}_OUTPUT_BYTES",
             f".arena_bytes = {self._prefix.upper()}_ARENA_BYTES",
-            f".input_scale = {_float(x.scale)}",
+            f".input_scale = {float_literal(x.scale)}",
             f".input_zero_point = {x.zero_point}",
-            f".output_scale = {_float(y.scale)}",
+            f".output_scale = {float_literal(y.scale)}",
             f".output_zero_point = {y.zero_point}",
             f".run = {self._prefix}_run",
         ]
@@ -267,17 +277,19 @@ class _Source:
         return f"const struct shoal_piece {self._prefix}_piece = {{\n{body}}};\n"
 
 
-def _float(value: float) -> str:
+def float_literal(value: float) -> str:
     """A float literal that reads back exactly."""
     text = f"{value:.9g}"
     return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
 
 
-def _comment(text: str) -> str:
+def comment(text: str) -> str:
+    """A C comment of lines that fit."""
     return "/* " + "\n * ".join(textwrap.wrap(text, 94)) + " */"
 
 
-def _constant(constant: Constant, layer: str) -> str:
+def constant_text(constant: Constant, layer: str) -> str:
+    """The C definition of a layer's table or struct, in which {name} is the layer's symbol."""
     name = f"{layer}_data{constant.suffix}"
     if constant.ctype.startswith("struct") and constant.rows[0].startswith("."):
         rows = "".join(f"    {row.replace('{name}', layer + '_data')},\n" for row in constant.rows)

@@ -1,0 +1,632 @@
+#include "shoal_binary.h"
+
+#include <string.h>
+
+static inline uint32_t load4(const uint8_t *from)
+{
+    uint32_t word;
+    memcpy(&word, from, sizeof word);
+    return word;
+}
+
+/* Little-endian bytes of a word, as many as there is room for. */
+static inline void store_bytes(uint8_t *to, uint32_t word, uint32_t count)
+{
+    for (uint32_t i = 0U; i < count; i++) {
+        to[i] = (uint8_t)(word >> (8U * i));
+    }
+}
+
+/* The lowest `count` bits, 0 .. 32. */
+static inline uint32_t low_bits(uint32_t count)
+{
+    return count >= 32U ? 0xFFFFFFFFU : (1U << count) - 1U;
+}
+
+/* ---- pooling -------------------------------------------------------------------------------- */
+
+/* Columns 32 * number .. + 31 of rows first .. last, joined by OR. */
+static uint32_t joined(const struct shoal_bit_pool *p, const uint8_t *ring, uint32_t first,
+                       uint32_t last, uint32_t number)
+{
+    if (number * 32U >= p->width) {
+        return 0U;
+    }
+    const uint32_t left = p->row_bytes - number * 4U;
+    uint32_t word = 0U;
+    for (uint32_t row = first; row <= last; row++) {
+        const uint8_t *const at = ring + row * p->row_bytes % p->ring_bytes + number * 4U;
+        if (left >= 4U) {
+            word |= load4(at);
+        } else {
+            for (uint32_t i = 0U; i < left; i++) {
+                word |= (uint32_t)at[i] << (8U * i);
+            }
+        }
+    }
+    return word & low_bits(p->width - number * 32U);
+}
+
+/* Bits 0, 2, 4 .. as bits 0, 1, 2 .. */
+static uint32_t even_bits(uint32_t x)
+{
+    x &= 0x55555555U;
+    x = (x | (x >> 1)) & 0x33333333U;
+    x = (x | (x >> 2)) & 0x0F0F0F0FU;
+    x = (x | (x >> 4)) & 0x00FF00FFU;
+    return (x | (x >> 8)) & 0x0000FFFFU;
+}
+
+/* One row of one filter. first .. last: the map's rows in its windows. */
+static void pool_row(const struct shoal_bit_pool *p, const uint8_t *ring, uint32_t first,
+                     uint32_t last, uint32_t opposite, uint8_t *to)
+{
+    const uint32_t step = 32U / p->stride; /* columns a word gives */
+    uint32_t before = 0U;
+    uint32_t here = joined(p, ring, first, last, 0U);
+    for (uint32_t number = 0U; number * step < p->out_width; number++) {
+        const uint32_t after = joined(p, ring, first, last, number + 1U);
+        const uint32_t right = (here >> 1) | (after << 31);
+        uint32_t word = here | right;
+        if (p->before_x != 0U) {
+            word |= (here << 1) | (before >> 31);
+        } else {
+            word |= (here >> 2) | (after << 30);
+        }
+        if (p->stride == 2U) {
+            word = even_bits(word);
+        }
+        const uint32_t columns = p->out_width - number * step;
+        const uint32_t used = columns < step ? columns : step;
+        store_bytes(to + number * (step / 8U), (word ^ opposite) & low_bits(used),
+                    (used + 7U) / 8U);
+        before = here;
+        here = after;
+    }
+}
+
+/* Writes the rows from *next on whose windows are known when `known` rows of the map are. */
+static void pool_rows(const struct shoal_bit_pool *p, const uint8_t *rings, uint32_t known,
+                      uint32_t *next, uint8_t *output)
+{
+    for (; *next < p->out_height; (*next)++) {
+        const uint32_t from = *next * p->stride;
+        const uint32_t first = from > p->before_y ? from - p->before_y : 0U;
+        const uint32_t end = from + 2U - p->before_y;
+        const uint32_t last = end < p->height ? end : p->height - 1U;
+        if (last >= known) {
+            return;
+        }
+        uint8_t *to = output + p->out_first + *next * p->out_row_bytes;
+        for (uint32_t f = 0U; f < p->filters; f++) {
+            const uint32_t inverted = ((uint32_t)p->inverted[f / 8U] >> (f % 8U)) & 1U;
+            pool_row(p, rings + f * p->ring_bytes, first, last, 0U - inverted, to);
+            to += p->out_plane;
+        }
+    }
+}
+
+/* ---- convolution of pixels ------------------------------------------------------------------ */
+
+#define SHOAL_LANES 4U /* filters at a time */
+
+/* Masks of four filters, for each quad of the kernel one of each. */
+static void spread_weights(const struct shoal_pixel_convp *k, uint32_t first, uint32_t *masks)
+{
+    const uint32_t quads = 3U * k->row_quads;
+    for (uint32_t lane = 0U; lane < SHOAL_LANES; lane++) {
+        const uint32_t there = first + lane < k->pool.filters ? 1U : 0U;
+        const uint8_t *const at = k->weights + (first + lane * there) * k->filter_bytes;
+        uint32_t bits = 0U;
+        for (uint32_t i = 0U; i < quads; i++) {
+            bits = (i % 2U) == 0U ? at[i / 2U] : bits >> 4;
+            masks[i * SHOAL_LANES + lane] = (((bits & 15U) * 0x204081U) & 0x1010101U) * 255U;
+        }
+    }
+}
+
+#if defined(__ARM_FEATURE_DSP) && (__ARM_FEATURE_DSP == 1) && defined(__GNUC__)
+
+/* Adds the absolute differences of a kernel row's values and the masks of four filters. */
+static inline const uint32_t *differences(const uint8_t *x, const uint32_t *masks, uint32_t quads,
+                                          uint32_t tail, uint32_t *sums)
+{
+    uint32_t sum0 = sums[0];
+    uint32_t sum1 = sums[1];
+    uint32_t sum2 = sums[2];
+    uint32_t sum3 = sums[3];
+    __asm__ volatile("subs %2, %2, #1\n\t"
+                     "beq 2f\n\t"
+                     "1:\n\t"
+                     "ldr r8, [%0], #4\n\t"
+                     "ldmia %1!, {r9, r10, r11, r12}\n\t"
+                     "usada8 %3, r8, r9, %3\n\t"
+                     "usada8 %4, r8, r10, %4\n\t"
+                     "usada8 %5, r8, r11, %5\n\t"
+                     "usada8 %6, r8, r12, %6\n\t"
+                     "subs %2, %2, #1\n\t"
+                     "bne 1b\n\t"
+                     "2:\n\t"
+                     "ldr r8, [%0]\n\t"
+                     "ldmia %1!, {r9, r10, r11, r12}\n\t"
+                     "and r8, r8, %7\n\t"
+                     "usada8 %3, r8, r9, %3\n\t"
+                     "usada8 %4, r8, r10, %4\n\t"
+                     "usada8 %5, r8, r11, %5\n\t"
+                     "usada8 %6, r8, r12, %6\n\t"
+                     : "+r"(x), "+r"(masks), "+r"(quads), "+r"(sum0), "+r"(sum1), "+r"(sum2),
+                       "+r"(sum3)
+                     : "r"(tail)
+                     : "r8", "r9", "r10", "r11", "r12", "cc", "memory");
+    sums[0] = sum0;
+    sums[1] = sum1;
+    sums[2] = sum2;
+    sums[3] = sum3;
+    return masks;
+}
+
+#else
+
+/* As above; bytes 0 and 2, and 1 and 3, are added side by side in 16 bits. */
+static inline const uint32_t *differences(const uint8_t *x, const uint32_t *masks, uint32_t quads,
+                                          uint32_t tail, uint32_t *sums)
+{
+    uint32_t pairs[SHOAL_LANES] = {0U, 0U, 0U, 0U};
+    for (uint32_t q = 0U; q < quads; q++) {
+        const uint32_t values = q + 1U == quads ? load4(x) & tail : load4(x);
+        for (uint32_t lane = 0U; lane < SHOAL_LANES; lane++) {
+            const uint32_t taken = values ^ masks[lane];
+            pairs[lane] += (taken & 0xFF00FFU) + ((taken >> 8) & 0xFF00FFU);
+        }
+        x += 4;
+        masks += SHOAL_LANES;
+    }
+    for (uint32_t lane = 0U; lane < SHOAL_LANES; lane++) {
+        sums[lane] += (pairs[lane] & 0xFFFFU) + (pairs[lane] >> 16);
+    }
+    return masks;
+}
+
+#endif
+
+/* A row of four filters as bits. rows: of the kernel; to: of the first filter. */
+static void pixel_row(const struct shoal_pixel_convp *k, const uint8_t *const *rows,
+                      const uint32_t *masks, uint32_t first, uint8_t *to)
+{
+    const uint32_t left = k->pool.filters - first;
+    const uint32_t lanes = left < SHOAL_LANES ? left : SHOAL_LANES;
+    uint32_t begin[SHOAL_LANES] = {0U, 0U, 0U, 0U};
+    for (uint32_t lane = 0U; lane < lanes; lane++) {
+        begin[lane] = 0U - k->limits[first + lane];
+    }
+    uint32_t offset = 0U;
+    for (uint32_t column = 0U; column < k->pool.width; column += 8U) {
+        const uint32_t rest = k->pool.width - column;
+        const uint32_t count = rest < 8U ? rest : 8U;
+        /* The sign says that the limit is not reached; it wanders down from the top. */
+        uint32_t below[SHOAL_LANES] = {0U, 0U, 0U, 0U};
+        for (uint32_t i = 0U; i < count; i++) {
+            uint32_t sums[SHOAL_LANES] = {begin[0], begin[1], begin[2], begin[3]};
+            const uint32_t *at = masks;
+            at = differences(rows[0] + offset, at, k->row_quads, k->tail, sums);
+            at = differences(rows[1] + offset, at, k->row_quads, k->tail, sums);
+            (void)differences(rows[2] + offset, at, k->row_quads, k->tail, sums);
+            for (uint32_t lane = 0U; lane < SHOAL_LANES; lane++) {
+                below[lane] = (below[lane] >> 1) | (sums[lane] & 0x80000000U);
+            }
+            offset += k->channels;
+        }
+        for (uint32_t lane = 0U; lane < lanes; lane++) {
+            to[lane * k->pool.ring_bytes + column / 8U] =
+                (uint8_t)(~below[lane] >> (32U - count));
+        }
+    }
+}
+
+/* Row `padded` counts from the row above the input. */
+static void pad_row(const struct shoal_pixel_convp *k, const uint8_t *input, uint32_t padded,
+                    uint8_t *to)
+{
+    memset(to, k->centre, k->padded_row);
+    if ((padded != 0U) && (padded <= k->pool.height)) {
+        const uint32_t bytes = (uint32_t)k->pool.width * k->channels;
+        const uint8_t *const from = input + (padded - 1U) * bytes;
+        to += k->channels;
+        const uint32_t flip = k->flip * 0x1010101U;
+        uint32_t i = 0U;
+        for (; i + 4U <= bytes; i += 4U) {
+            const uint32_t word = load4(from + i) ^ flip;
+            memcpy(to + i, &word, sizeof word);
+        }
+        for (; i < bytes; i++) {
+            to[i] = (uint8_t)(from[i] ^ k->flip);
+        }
+    }
+}
+
+void shoal_pixel_convp(const struct shoal_pixel_convp *k, const uint8_t *input, uint8_t *output,
+                       void *scratch)
+{
+    const struct shoal_bit_pool *const p = &k->pool;
+    uint32_t *const masks = (uint32_t *)scratch;
+    uint8_t *const padded = (uint8_t *)(masks + 3U * SHOAL_LANES * k->row_quads);
+    uint8_t *const rings = padded + 3U * k->padded_row;
+    uint32_t next = 0U;
+    memset(output, 0, p->out_bytes);
+    pad_row(k, input, 0U, padded);
+    pad_row(k, input, 1U, padded + k->padded_row);
+    for (uint32_t y = 0U; y < p->height; y++) {
+        pad_row(k, input, y + 2U, padded + (y + 2U) % 3U * k->padded_row);
+        const uint8_t *const rows[3] = {padded + y % 3U * k->padded_row,
+                                        padded + (y + 1U) % 3U * k->padded_row,
+                                        padded + (y + 2U) % 3U * k->padded_row};
+        uint8_t *const to = rings + y * p->row_bytes % p->ring_bytes;
+        for (uint32_t f = 0U; f < p->filters; f += SHOAL_LANES) {
+            if ((y == 0U) || (p->filters > SHOAL_LANES)) {
+                spread_weights(k, f, masks);
+            }
+            pixel_row(k, rows, masks, f, to + f * p->ring_bytes);
+        }
+        pool_rows(p, rings, y + 1U, &next, output);
+    }
+}
+
+/* ---- convolution of bits -------------------------------------------------------------------- */
+
+/* How many of three neighbours match: low and high bit of the count, of 32 pixels. */
+struct matches {
+    uint32_t low, high;
+};
+
+#define SHOAL_PATTERNS 8U
+#define SHOAL_TYPES 9U
+#define SHOAL_LOW_BITS 5U /* of a counter, held in registers */
+
+/* Counts for each pattern of three weights; bit 0 of a pattern is the left one. */
+static void count_matches(uint32_t left, uint32_t middle, uint32_t right, struct matches *to)
+{
+    const uint32_t u = left ^ middle;
+    const uint32_t v = left ^ right;
+    const uint32_t odd = u ^ right;
+    const uint32_t all = left ^ (u & v);
+    const uint32_t not_left = middle ^ ((middle ^ right) & ~u);
+    const uint32_t not_middle = left ^ (v & ~u);
+    const uint32_t not_right = left ^ (u & ~v);
+    to[0].low = ~odd;
+    to[0].high = ~all;
+    to[1].low = odd;
+    to[1].high = ~not_left;
+    to[2].low = odd;
+    to[2].high = ~not_middle;
+    to[3].low = ~odd;
+    to[3].high = not_right;
+    to[4].low = odd;
+    to[4].high = ~not_right;
+    to[5].low = ~odd;
+    to[5].high = not_middle;
+    to[6].low = ~odd;
+    to[6].high = not_left;
+    to[7].low = odd;
+    to[7].high = all;
+}
+
+/* Which of 32 pixels from a byte of the map on lie in the first and last row and column. */
+struct edges {
+    uint32_t top, bottom, left, right;
+};
+
+static struct edges edges_of(const struct shoal_bit_pool *p, uint32_t byte)
+{
+    struct edges e = {0U, 0U, 0U, 0U};
+    uint32_t row = byte / p->row_bytes;
+    uint32_t at = byte % p->row_bytes;
+    for (uint32_t i = 0U; i < 32U; i += 8U) {
+        if (row == 0U) {
+            e.top |= 0xFFU << i;
+        } else if (row == p->height - 1U) {
+            e.bottom |= 0xFFU << i;
+        } else {
+            /* neither */
+        }
+        if (at == 0U) {
+            e.left |= 1U << i;
+        }
+        if (at == (p->width - 1U) / 8U) {
+            e.right |= 1U << (i + (p->width - 1U) % 8U);
+        }
+        at++;
+        if (at == p->row_bytes) {
+            at = 0U;
+            row++;
+        }
+    }
+    return e;
+}
+
+/* What the counters of every filter begin with. */
+static void start_counters(const struct shoal_bit_convp *k, const struct edges *e,
+                           uint32_t *counters)
+{
+    const uint32_t rows[3] = {e->top, ~(e->top | e->bottom), e->bottom};
+    const uint32_t columns[3] = {e->left, ~(e->left | e->right), e->right & ~e->left};
+    const uint16_t *starts = k->starts;
+    memset(counters, 0, sizeof *counters * k->pool.filters * k->counter_bits);
+    for (uint32_t f = 0U; f < k->pool.filters; f++) {
+        for (uint32_t type = 0U; type < SHOAL_TYPES; type++) {
+            const uint32_t where = rows[type / 3U] & columns[type % 3U];
+            const uint32_t start = where != 0U ? starts[type] : 0U;
+            for (uint32_t bit = 0U; (start >> bit) != 0U; bit++) {
+                counters[bit] |= where & (0U - ((start >> bit) & 1U));
+            }
+        }
+        starts += SHOAL_TYPES;
+        counters += k->counter_bits;
+    }
+}
+
+/* sum + a + b: the low bits stay in sum, the high ones go to carry. */
+#define SHOAL_ADD_TWO(carry, sum, a, b)                                                            \
+    do {                                                                                           \
+        const uint32_t either = (sum) ^ (a);                                                       \
+        const uint32_t second = (b);                                                               \
+        (carry) = ((sum) & (a)) | (either & second);                                               \
+        (sum) = either ^ second;                                                                   \
+    } while (0)
+
+#define SHOAL_ADD_ONE(carry, sum, a)                                                               \
+    do {                                                                                           \
+        const uint32_t added = (a);                                                                \
+        (carry) = (sum) & added;                                                                   \
+        (sum) ^= added;                                                                            \
+    } while (0)
+
+/* Adds the matches of `channels` channels, an even number, to a counter. */
+static void add_matches(const struct matches *tables, const uint16_t *weights, uint32_t channels,
+                        const uint32_t *from, uint32_t *to, uint32_t counter_bits)
+{
+    uint32_t c0 = from[0];
+    uint32_t c1 = from[1];
+    uint32_t c2 = from[2];
+    uint32_t c3 = from[3];
+    uint32_t c4 = from[4];
+    for (uint32_t bit = SHOAL_LOW_BITS; bit < counter_bits; bit++) {
+        to[bit] = from[bit];
+    }
+    for (uint32_t channel = 0U; channel < channels; channel += 2U) {
+        uint32_t two0, two1, two2, four0, four1, four2, four3, four4;
+        uint32_t eight0, eight1, eight2, sixteen0, sixteen1, carry;
+        const uint32_t w = weights[channel];
+        const struct matches *a = &tables[w & 7U];
+        const struct matches *b = &tables[8U + ((w >> 3) & 7U)];
+        SHOAL_ADD_TWO(two0, c0, a->low, b->low);
+        SHOAL_ADD_TWO(four0, c1, a->high, b->high);
+        a = &tables[16U + ((w >> 6) & 7U)];
+        const uint32_t w2 = weights[channel + 1U];
+        b = &tables[24U + (w2 & 7U)];
+        SHOAL_ADD_TWO(two1, c0, a->low, b->low);
+        SHOAL_ADD_TWO(four1, c1, a->high, b->high);
+        SHOAL_ADD_TWO(four2, c1, two0, two1);
+        SHOAL_ADD_TWO(eight0, c2, four0, four1);
+        a = &tables[32U + ((w2 >> 3) & 7U)];
+        b = &tables[40U + ((w2 >> 6) & 7U)];
+        SHOAL_ADD_TWO(two2, c0, a->low, b->low);
+        SHOAL_ADD_TWO(four3, c1, a->high, b->high);
+        SHOAL_ADD_TWO(eight1, c2, four2, four3);
+        SHOAL_ADD_ONE(four4, c1, two2);
+        SHOAL_ADD_TWO(sixteen0, c3, eight0, eight1);
+        SHOAL_ADD_ONE(eight2, c2, four4);
+        SHOAL_ADD_ONE(sixteen1, c3, eight2);
+        SHOAL_ADD_TWO(carry, c4, sixteen0, sixteen1);
+        for (uint32_t bit = SHOAL_LOW_BITS; bit < counter_bits; bit++) {
+            const uint32_t before = to[bit];
+            to[bit] = before ^ carry;
+            carry &= before;
+        }
+        tables += 6U * SHOAL_PATTERNS;
+    }
+    to[0] = c0;
+    to[1] = c1;
+    to[2] = c2;
+    to[3] = c3;
+    to[4] = c4;
+}
+
+void shoal_bit_convp(const struct shoal_bit_convp *k, const uint8_t *input, uint8_t *output,
+                     void *scratch)
+{
+    const struct shoal_bit_pool *const p = &k->pool;
+    const uint32_t words = (uint32_t)p->filters * k->counter_bits;
+    const uint32_t weight_row = k->channels + k->channels % 2U;
+    struct matches *const tables = (struct matches *)scratch;
+    uint32_t *const starts = (uint32_t *)(void *)(tables + 3U * SHOAL_PATTERNS * k->block);
+    uint32_t *const counters = starts + words;
+    uint8_t *const rings = (uint8_t *)(counters + words);
+    const uint32_t bytes = (uint32_t)p->height * p->row_bytes;
+    struct edges known = {1U, 0U, 0U, 0U}; /* no word has this */
+    uint32_t next = 0U;
+    memset(output, 0, p->out_bytes);
+    for (uint32_t byte = 0U; byte < bytes; byte += 4U) {
+        const struct edges e = edges_of(p, byte);
+        if (memcmp(&e, &known, sizeof e) != 0) {
+            start_counters(k, &e, starts);
+            known = e;
+        }
+        for (uint32_t first = 0U; first < k->channels; first += k->block) {
+            const uint32_t left = k->channels - first;
+            const uint32_t channels = left < k->block ? left : k->block;
+            const uint8_t *plane = input + first * k->in_plane + byte;
+            struct matches *table = tables;
+            for (uint32_t channel = 0U; channel < channels; channel++) {
+                for (uint32_t row = 0U; row < 3U; row++) {
+                    const uint8_t *const at = plane + row * p->row_bytes;
+                    const uint32_t middle = load4(at + 1);
+                    count_matches(((middle << 1) | ((uint32_t)at[0] >> 7)) & ~e.left, middle,
+                                  ((middle >> 1) | ((uint32_t)at[5] << 31)) & ~e.right, table);
+                    table += SHOAL_PATTERNS;
+                }
+                plane += k->in_plane;
+            }
+            if ((channels % 2U) != 0U) {
+                memset(table, 0, 3U * SHOAL_PATTERNS * sizeof *table);
+            }
+            const uint32_t *from = first == 0U ? starts : counters;
+            uint32_t *to = counters;
+            const uint16_t *weights = k->weights + first;
+            for (uint32_t f = 0U; f < p->filters; f++) {
+                add_matches(tables, weights, channels, from, to, k->counter_bits);
+                weights += weight_row;
+                from += k->counter_bits;
+                to += k->counter_bits;
+            }
+        }
+        uint8_t *ring = rings + byte % p->ring_bytes;
+        for (uint32_t f = 0U; f < p->filters; f++) {
+            const uint32_t bits = counters[f * k->counter_bits + k->counter_bits - 1U];
+            memcpy(ring, &bits, sizeof bits);
+            ring += p->ring_bytes;
+        }
+        const uint32_t rows = (byte + 4U) / p->row_bytes;
+        pool_rows(p, rings, rows < p->height ? rows : p->height, &next, output);
+    }
+}
+
+/* ---- products of bits ----------------------------------------------------------------------- */
+
+static inline uint32_t ones_in(uint32_t x)
+{
+    x -= (x >> 1) & 0x55555555U;
+    x = (x & 0x33333333U) + ((x >> 2) & 0x33333333U);
+    x = (x + (x >> 4)) & 0x0F0F0F0FU;
+    return (x * 0x01010101U) >> 24;
+}
+
+/* In how many bits words differ: counted in words of ones, twos, fours and eights. */
+static uint32_t differing(const uint32_t *a, const uint32_t *b, uint32_t words)
+{
+    uint32_t ones = 0U;
+    uint32_t twos = 0U;
+    uint32_t fours = 0U;
+    uint32_t eights = 0U;
+    uint32_t count = 0U;
+    uint32_t i = 0U;
+    for (; i + 16U <= words; i += 16U) {
+        uint32_t eight[2];
+        for (uint32_t half = 0U; half < 2U; half++) {
+            uint32_t two0, two1, four0, four1;
+            SHOAL_ADD_TWO(two0, ones, a[0] ^ b[0], a[1] ^ b[1]);
+            SHOAL_ADD_TWO(two1, ones, a[2] ^ b[2], a[3] ^ b[3]);
+            SHOAL_ADD_TWO(four0, twos, two0, two1);
+            SHOAL_ADD_TWO(two0, ones, a[4] ^ b[4], a[5] ^ b[5]);
+            SHOAL_ADD_TWO(two1, ones, a[6] ^ b[6], a[7] ^ b[7]);
+            SHOAL_ADD_TWO(four1, twos, two0, two1);
+            SHOAL_ADD_TWO(eight[half], fours, four0, four1);
+            a += 8;
+            b += 8;
+        }
+        uint32_t sixteens;
+        SHOAL_ADD_TWO(sixteens, eights, eight[0], eight[1]);
+        count += 16U * ones_in(sixteens);
+    }
+    for (; i < words; i++) {
+        count += ones_in(*a ^ *b);
+        a++;
+        b++;
+    }
+    return count + ones_in(ones) + 2U * ones_in(twos) + 4U * ones_in(fours) + 8U * ones_in(eights);
+}
+
+void shoal_bit_fc(const struct shoal_bit_fc *k, const uint32_t *input, uint32_t *output)
+{
+    const uint32_t *weights = k->weights;
+    uint32_t word = 0U;
+    for (uint32_t unit = 0U; unit < k->units; unit++) {
+        if ((int32_t)differing(input, weights, k->words) <= k->limits[unit]) {
+            word |= 1U << (unit % 32U);
+        }
+        weights += k->words;
+        if ((unit % 32U == 31U) || (unit + 1U == k->units)) {
+            output[unit / 32U] = word;
+            word = 0U;
+        }
+    }
+}
+
+void shoal_bit_exit(const struct shoal_bit_exit *k, const uint32_t *input, int8_t *output)
+{
+    const uint32_t *weights = k->weights;
+    for (uint32_t class = 0U; class < k->classes; class++) {
+        const int32_t dot =
+            (int32_t)k->inputs - 2 * (int32_t)differing(input, weights, k->words);
+        const int32_t doubled = 2 * dot + k->offsets[class];
+        const int32_t score = (doubled + (1 << (k->shift - 1U))) >> k->shift;
+        output[class] = (int8_t)(score < -128 ? -128 : (score > 127 ? 127 : score));
+        weights += k->words;
+    }
+}
+
+/* ---- bits as they travel -------------------------------------------------------------------- */
+
+void shoal_bits_out(const struct shoal_bit_map *k, const uint8_t *planes, uint8_t *output)
+{
+    uint32_t bits = 1U; /* the one tells how many there are */
+    for (uint32_t y = 0U; y < k->height; y++) {
+        const uint8_t *const row = planes + k->first + y * k->row_bytes;
+        for (uint32_t x = 0U; x < k->width; x++) {
+            const uint8_t *at = row + x / 8U;
+            for (uint32_t c = 0U; c < k->channels; c++) {
+                bits = (bits << 1) | (((uint32_t)*at >> (x % 8U)) & 1U);
+                at += k->plane;
+                if (bits >= 256U) {
+                    *output = (uint8_t)bits;
+                    output++;
+                    bits = 1U;
+                }
+            }
+        }
+    }
+    if (bits != 1U) {
+        while (bits < 256U) {
+            bits <<= 1;
+        }
+        *output = (uint8_t)bits;
+    }
+}
+
+void shoal_bits_wide(const struct shoal_bit_map *k, const uint8_t *planes, int8_t *output)
+{
+    for (uint32_t y = 0U; y < k->height; y++) {
+        const uint8_t *const row = planes + k->first + y * k->row_bytes;
+        for (uint32_t x = 0U; x < k->width; x++) {
+            const uint8_t *at = row + x / 8U;
+            for (uint32_t c = 0U; c < k->channels; c++) {
+                const int32_t bit = (int32_t)(((uint32_t)*at >> (x % 8U)) & 1U);
+                *output = (int8_t)(2 * bit - 1);
+                output++;
+                at += k->plane;
+            }
+        }
+    }
+}
+
+void shoal_bits_in(const struct shoal_bit_map *k, const uint8_t *input, uint8_t *planes)
+{
+    uint32_t left = 0U; /* bits of the byte that were not taken yet */
+    uint32_t bits = 0U;
+    memset(planes, 0, k->bytes);
+    for (uint32_t y = 0U; y < k->height; y++) {
+        uint8_t *const row = planes + k->first + y * k->row_bytes;
+        for (uint32_t x = 0U; x < k->width; x++) {
+            uint8_t *at = row + x / 8U;
+            for (uint32_t c = 0U; c < k->channels; c++) {
+                if (left == 0U) {
+                    bits = *input;
+                    input++;
+                    left = 8U;
+                }
+                left--;
+                *at = (uint8_t)(*at | (((bits >> left) & 1U) << (x % 8U)));
+                at += k->plane;
+            }
+        }
+    }
+}
