@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,12 @@ from agent.link import BrokerAddress
 from agent.protocol.errors import BundleMismatch, DeviceUnreachable, ShoalError, WireError
 from agent.protocol.fleet import Device, SerialLine, load_fleet
 from agent.protocol.frames import Identity, PieceInfo, text_of
-from agent.protocol.line import LineClient, Stream
+from agent.protocol.line import Binary, LineClient, Stream
 from agent.protocol.manifest import Manifest, PieceEntry, check_files, read_manifest
 from agent.protocol.messages import DeviceInfo
 from agent.protocol.plan import FRAME
 from agent.protocol.port import SerialPort
+from agent.protocol.quantization import quantize
 from agent.runtime import LoadedPiece
 
 FIND_PERIOD_S = 0.5
@@ -90,10 +91,10 @@ class Microcontroller:
             for index in range(self.identity.pieces)
         )
 
-    def infer(self, piece: int, values: bytes) -> bytes:
+    def infer(self, piece: int, values: bytes, binary: Sequence[Binary] = ()) -> bytes:
         """The stored output of a piece for a stored input; raises as `LineClient.infer`."""
         return bytes(
-            self._guarded(lambda: self._client.infer(piece, values, self._timeout_s).output)
+            self._guarded(lambda: self._client.infer(piece, values, self._timeout_s, binary).output)
         )
 
     def probe(self) -> None:
@@ -126,11 +127,15 @@ class _SerialBackend:
         self._input = np.zeros(entry.input.shape, np.int8)
         self._output = b""
         self._places: dict[int, tuple[int, int]] = {}
+        self._binary: list[Binary] = []
         begin = 0
         for spec in sorted(entry.outputs, key=lambda spec: spec.index):
-            size = int(np.prod(spec.shape))
-            self._places[spec.index] = (begin, begin + size)
-            begin += size
+            end = begin + int(np.prod(spec.shape))
+            self._places[spec.index] = (begin, end)
+            if spec.levels is not None:
+                low, high = quantize(np.array(spec.levels, np.float32), spec).tolist()
+                self._binary.append(Binary(begin, end, low, high))
+            begin = end
 
     def write(self, index: int, values: NDArray[np.generic]) -> None:
         self._input[...] = values
@@ -140,7 +145,7 @@ class _SerialBackend:
         self._input[...] = table[frame] if table.ndim == 1 else table[channels, frame]
 
     def invoke(self) -> None:
-        self._output = self._device.infer(self._index, self._input.tobytes())
+        self._output = self._device.infer(self._index, self._input.tobytes(), self._binary)
 
     def read(self, index: int) -> NDArray[np.generic]:
         begin, end = self._places[index]

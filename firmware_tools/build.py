@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.protocol.errors import PlanDoesNotFit, ShoalError
@@ -16,6 +16,8 @@ from .board import Board
 from .slot_image import HEADER_BYTES, with_header
 
 FIRMWARE = Path(__file__).parent / "firmware"
+HARNESS = Path(__file__).parent / "harness"
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 STACK_BYTES = 8192
 WATCHDOG_S = 20
 BOOTLOADER_BYTES = 4096
@@ -46,11 +48,13 @@ class Sources:
         folder: Holds shoal_piece.h, kernels and a .c and .h for each piece.
         sha256: Of the .tflite that each piece was made from, hex, by its C prefix.
         plan: The plan's id, eight hex digits.
+        classes: Of each piece whose answer rule lies there as PREFIX_scores.c: what it answers.
     """
 
     folder: Path
     sha256: Mapping[str, str]
     plan: str = "00000000"
+    classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,45 @@ def build_boot_host(board: Board, out: Path) -> Path:
     return program
 
 
+def build_fuzzer(sources: Sources, out: Path) -> tuple[Path, str]:
+    """Build the frame parser and the command loop as a fuzzing target: harness/fuzz_loop.c.
+
+    Args:
+        sources: The pieces; outputs and arenas of at most 4096 bytes.
+        out: Folder to write to; created.
+
+    Returns:
+        The program, and which fuzzer it is: libFuzzer where clang is installed, else
+        harness/fuzz_driver.c.
+
+    Raises:
+        ShoalError: no compiler that has the sanitizers.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    text = _image_text(None, sources, flash=0, ram=0, version=1)
+    (out / "shoal_image.c").write_text(text, encoding="utf-8")
+    include = ["-I", str(out), "-I", str(FIRMWARE), "-I", str(sources.folder)]
+    flags = [*COMMON, *SANITIZERS, *include]
+    target = [FIRMWARE / "shoal_agent.c", FIRMWARE / "shoal_frame.c", HARNESS / "fuzz_loop.c"]
+    plain = [FIRMWARE / "shoal_crc.c", FIRMWARE / "shoal_slot_none.c", out / "shoal_image.c"]
+    plain += sorted(sources.folder.glob("*.c"))
+    program = out / "fuzz_loop"
+    if shutil.which("clang") is not None:
+        files = map(str, [*target, *plain])
+        command = ["clang", *flags, "-fsanitize=fuzzer", *files, "-o", str(program), "-lm"]
+        _compile(command, 0, 0)
+        return program, "libFuzzer"
+    cc = compiler("host")
+    objects = []
+    for path in (*plain, HARNESS / "fuzz_driver.c"):
+        # Not followed: only edges of parser and loop are.
+        objects.append(str(out / f"{path.stem}.o"))
+        _compile([cc, *flags, "-c", str(path), "-o", objects[-1]], 0, 0)
+    followed = ["-fsanitize-coverage=trace-pc", *map(str, target)]
+    _compile([cc, *flags, *followed, *objects, "-o", str(program), "-lm"], 0, 0)
+    return program, "coverage-guided, firmware_tools/harness/fuzz_driver.c"
+
+
 def _slot_files(board: Board) -> list[Path]:
     assert board.slots is not None
     names = ("boot_state.c", "shoal_sha256.c", f"flash_{board.slots.driver}.c")
@@ -385,6 +428,7 @@ def _image_text(
         '#include "shoal_image.h"',
         "",
         *(f'#include "{name}.h"' for name in names),
+        *(f'#include "{name}_scores.h"' for name in names if name in sources.classes),
         "",
         "/* Room for the largest piece: one runs at a time. */",
         *largest("INPUT"),
@@ -417,5 +461,47 @@ def _image_text(
         "    .arena = &arena,",
         "};",
         "",
+        *_answer_lines(names, sources.classes),
     ]
     return "\n".join(lines)
+
+
+def _answer_lines(names: Sequence[str], classes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    head = "bool shoal_image_answer(uint8_t piece, const int8_t *scores, "
+    head += "struct shoal_image_answer *answer)"
+    answering = [(index, name) for index, name in enumerate(names) if name in classes]
+    if not answering:
+        unused = [f"    (void){name};" for name in ("piece", "scores", "answer")]
+        return [head, "{", *unused, "    return false;", "}", ""]
+    tables = [
+        f"static const uint16_t classes_of_{name}[] = {{{', '.join(map(str, classes[name]))}}};"
+        for _, name in answering
+    ]
+    cases = [
+        line
+        for index, name in answering
+        for line in (
+            f"    case {index}U:",
+            f"        said = shoal_scores_answer(&{name}_scores, scores);",
+            f"        answer->class_index = classes_of_{name}[said.class_position];",
+            "        break;",
+        )
+    ]
+    return [
+        *tables,
+        "",
+        head,
+        "{",
+        "    struct shoal_answer said;",
+        "    switch (piece) {",
+        *cases,
+        "    default:",
+        "        return false;",
+        "    }",
+        "    answer->known = said.known != 0U;",
+        "    answer->entropy = said.entropy;",
+        "    answer->confidence = said.confidence;",
+        "    return true;",
+        "}",
+        "",
+    ]

@@ -70,7 +70,7 @@ def generate_sources(part: Part, target: str, folder: Path) -> Sources:
     Raises:
         ShoalError: a piece cannot be generated; with what codegen said.
     """
-    hashes = {}
+    hashes, classes = {}, {}
     for piece in part.manifest.pieces_of(part.device.id):
         model = part.manifest.entry(piece.name).model
         prefix = c_prefix(piece.name)
@@ -78,11 +78,17 @@ def generate_sources(part: Part, target: str, folder: Path) -> Sources:
             sys.executable, "-m", "agent", "codegen", str(part.bundle / model.path),
             "-o", str(folder), "--prefix", prefix, "--target", target,
         ]  # fmt: skip
+        if piece.answer is not None and part.manifest.entry(piece.name).features is None:
+            rule = folder.parent / f"{prefix}_answer.json"
+            rule.parent.mkdir(parents=True, exist_ok=True)
+            rule.write_text(piece.answer.model_dump_json(), encoding="utf-8")
+            command += ["--answer", str(rule)]
+            classes[prefix] = piece.answer.classes
         ran = subprocess.run(command, capture_output=True, text=True, timeout=_GENERATE_TIMEOUT_S)
         if ran.returncode != 0:
             raise ShoalError(f"piece {piece.name!r} does not become C:\n{ran.stderr.strip()}")
         hashes[prefix] = model.sha256
-    return Sources(folder, hashes, part.manifest.plan_id)
+    return Sources(folder, hashes, part.manifest.plan_id, classes)
 
 
 def build_part(

@@ -7,9 +7,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from agent.protocol.frames import Identity
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -125,6 +128,10 @@ def size(bundle: Path, device: str, board: str | None, stack_bytes: int, as_json
     help="Run the bootloader instead, on a flash that is this file; made where there is none.",
 )  # fmt: skip
 @click.option(
+    "--link", type=click.Path(dir_okay=False, path_type=Path),
+    help="Name the pseudo terminal: a link to it, as long as it is there.",
+)  # fmt: skip
+@click.option(
     "--model", type=click.Path(dir_okay=False, path_type=Path),
     help="Run this .tflite once instead, and tell output, instructions and sizes.",
 )  # fmt: skip
@@ -139,6 +146,7 @@ def emulate(
     device: str | None,
     board: str | None,
     flash_file: Path | None,
+    link: Path | None,
     model: Path | None,
     target: str,
     input_file: Path | None,
@@ -159,7 +167,7 @@ def emulate(
 
     from .board import load_board
     from .bundle import open_part
-    from .emulate import start_bootloader, start_part
+    from .emulate import linked, start_bootloader, start_part
 
     def stop(*_: object) -> None:
         raise SystemExit(0)
@@ -175,7 +183,7 @@ def emulate(
             name = board or part.board_name
             emulation = start_bootloader(load_board(name), Path(folder), flash_file)
             what, notice = f"{name} in QEMU with its bootloader", None
-        with emulation:
+        with emulation, linked(link, emulation.port):
             if notice is not None:
                 click.echo(f"{device}: {notice}", err=True)
             if as_json:
@@ -252,10 +260,7 @@ def serial(port: str | None, baud: int, list_them: bool, as_json: bool) -> None:
     finally:
         line.close()
     fields: dict[str, Any] = {
-        **identity._asdict(),
-        "board": text_of(identity.board),
-        "plan": f"{identity.plan:08x}",
-        "build": f"{identity.build:08x}",
+        **_fields(identity),
         "pieces": [
             {**piece._asdict(), "sha256": piece.sha256.hex(), "name": text_of(piece.name)}
             for piece in pieces
@@ -286,6 +291,10 @@ def serial(port: str | None, baud: int, list_them: bool, as_json: bool) -> None:
 @click.option("--port", metavar="PATH", help="Serial port; by default the fleet file's.")
 @click.option("--baud", type=click.IntRange(min=300), default=115_200, show_default=True)
 @click.option("--image-version", type=click.IntRange(1, 2**32 - 1), default=1, show_default=True)
+@click.option(
+    "--roll-back", "back", is_flag=True,
+    help="Write nothing: start the image before this one again, and keep it.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Build and find the port, write nothing.")
 @json_option
 def flash(
@@ -295,6 +304,7 @@ def flash(
     port: str | None,
     baud: int,
     image_version: int,
+    back: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -306,11 +316,24 @@ def flash(
     """
     from .board import load_board
     from .bundle import build_part, open_part
-    from .flash import enter_bootloader, flash_stm32, matching_port, who_answers
+    from .flash import (
+        RESTART_TIMEOUT_S,
+        enter_bootloader,
+        flash_stm32,
+        matching_port,
+        roll_back,
+        who_answers,
+    )
 
     part = open_part(bundle, device)
     target = load_board(board or part.board_name)
     path = port or matching_port(part.device.serial)
+    if back:
+        before = roll_back(path, baud)
+        if as_json:
+            _print({"slot": before.slot, "identity": _fields(before)})
+        _tell(device, before)
+        return
     slot, running = None, None
     if target.slots is not None:
         running = who_answers(path, baud)
@@ -336,15 +359,26 @@ def flash(
         length=2 * len(content), label="write and verify", file=sys.stderr
     ) as bar:
         flash_stm32(path, baud, origin, content, bar.update)
-    identity = who_answers(path, baud, timeout_s=30.0)
+    identity = who_answers(path, baud, RESTART_TIMEOUT_S)
     if as_json:
-        seen = None if identity is None else identity._asdict() | {"board": target.name}
+        seen = None if identity is None else _fields(identity)
         _print({"written_bytes": len(content), "slot": slot, "identity": seen})
     if identity is None:
         click.echo("written and verified; nobody answers yet: reset the board", err=True)
         return
-    kept = "" if slot is None else f", slot {identity.slot}"
+    _tell(device, identity)
+
+
+def _fields(identity: Identity) -> dict[str, Any]:
+    from agent.protocol.frames import text_of
+
+    named = {"board": text_of(identity.board), "plan": f"{identity.plan:08x}"}
+    return identity._asdict() | named | {"build": f"{identity.build:08x}"}
+
+
+def _tell(device: str, identity: Identity) -> None:
+    slot = "" if identity.slot > 1 else f", slot {identity.slot}"
     click.echo(
-        f"{device} answers: plan {identity.plan:08x}, image version {identity.image_version}{kept}",
+        f"{device} answers: plan {identity.plan:08x}, image version {identity.image_version}{slot}",
         err=True,
     )

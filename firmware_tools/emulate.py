@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from agent.protocol.errors import DeviceUnreachable, ShoalError
@@ -133,6 +134,26 @@ class Emulation:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def linked(name: Path | None, port: str) -> Iterator[None]:
+    """A name for a pseudo terminal, as long as the context lasts; None for none.
+
+    Raises:
+        ShoalError: something else than a link has that name.
+    """
+    if name is None:
+        yield
+        return
+    if name.exists() and not name.is_symlink():
+        raise ShoalError(f"{name} is there already and no link", "give another name to --link")
+    name.unlink(missing_ok=True)
+    name.symlink_to(port)
+    try:
+        yield
+    finally:
+        name.unlink(missing_ok=True)
 
 
 def _end_with_parent() -> None:

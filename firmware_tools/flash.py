@@ -16,6 +16,7 @@ from agent.protocol.port import SerialPort
 BY_ID = Path("/dev/serial/by-id")
 PIP_LINE = "pip install 'shoal[firmware]'"
 _BLOCK_BYTES = 256
+RESTART_TIMEOUT_S = 30.0
 SILENCE_S = 1.5
 """After this much of it, a bootloader waits for a new command: it gives up on one after 1 s."""
 
@@ -118,6 +119,23 @@ def enter_bootloader(path: str, baud: int) -> None:
         # A command that was sent twice came to the bootloader the second time.
         while port.read(SILENCE_S):
             pass
+    finally:
+        port.close()
+
+
+def roll_back(path: str, baud: int) -> Identity:
+    """Have the firmware behind a port give way to the image before it, and ask who runs then.
+
+    Raises:
+        DeviceUnreachable: nobody answers.
+        WireError: there is no image before it.
+    """
+    port = SerialPort(path, baud)
+    try:
+        client = LineClient(port)
+        client.identity()
+        client.roll_back()
+        return client.identity(RESTART_TIMEOUT_S)
     finally:
         port.close()
 

@@ -23,6 +23,7 @@ _CONSTANTS = {
     "NAME_BYTES": frames.NAME_BYTES,
     "BOARD_BYTES": 32,
     "SHA256_BYTES": 32,
+    "ANSWER_ONE": frames.ANSWER_ONE,
     "REBOOT_KEY": frames.REBOOT_KEY,
 }
 _LAYOUTS = {
@@ -33,6 +34,9 @@ _LAYOUTS = {
     "INFER": frames.INFER,
     "RESULT_HEAD": frames.RESULT_HEAD,
     "READ": frames.READ,
+    "BITS": frames.BITS,
+    "ANSWER": frames.ANSWER,
+    "ANSWER_INFO": frames.ANSWER_INFO,
     "STATISTICS": frames.STATISTICS,
     "REBOOT": frames.REBOOT,
 }
@@ -43,6 +47,8 @@ _FIELDS: dict[str, type[tuple[object, ...]]] = {
     "INFER": frames.Infer,
     "RESULT_HEAD": frames.ResultHead,
     "READ": frames.Read,
+    "BITS": frames.Bits,
+    "ANSWER_INFO": frames.AnswerInfo,
     "STATISTICS": frames.Statistics,
     "REBOOT": frames.Reboot,
 }
@@ -50,7 +56,7 @@ _FIELDS: dict[str, type[tuple[object, ...]]] = {
 
 def offsets(layout: str) -> list[int]:
     """Where each field of a little-endian struct format without alignment begins, in bytes."""
-    sizes = {"B": 1, "H": 2, "I": 4, "i": 4, "f": 4, "Q": 8}
+    sizes = {"B": 1, "b": 1, "H": 2, "I": 4, "i": 4, "f": 4, "Q": 8}
     found, position, count = [], 0, ""
     for letter in layout.lstrip("<"):
         if letter.isdigit():
@@ -85,6 +91,8 @@ def header() -> str:
     lines += [
         f"#define SHOAL_STATUS_{status.name} {status.value}U" for status in frames.FrameStatus
     ]
+    lines += ["", "/* What is started after a REBOOT. */"]
+    lines += [f"#define SHOAL_REBOOT_TO_{to.name} {to.value}U" for to in frames.RebootTo]
     for name, layout in _LAYOUTS.items():
         lines += ["", f"/* {name}: little-endian, {layout.format} */"]
         lines.append(f"#define SHOAL_{name}_BYTES {layout.size}U")

@@ -6,13 +6,14 @@ comment right before a block says what its test needs to know:
 
     <!-- test: needs FILE... -->    write these files first: NAME.keras, .npz, .npy or .png
     <!-- test: expect TEXT -->      the block's output holds this text
+    <!-- test: interrupt VERB -->   Ctrl-C in the terminal of `shoal VERB` comes first
     <!-- test: exit CODE -->        its last command ends with this code instead of 0
     <!-- test: skip REASON -->      it takes hardware, another machine or hours: it is checked for
                                     what can be known without running it
 
-`shoal up` and `shoal run` serve the commands after them until the next `shoal up`; `shoal monitor`
-and `shoal sub` are interrupted once they show something. `make` and `pip` are never run: targets
-and extras must exist. Port 1883 stands for a free one.
+`shoal up` and `shoal run` serve the commands after them until the next `shoal up`, and `shoal
+emulate` to the end; `shoal monitor` and `shoal sub` are interrupted once they show something.
+`make` and `pip` are never run: targets and extras must exist. Port 1883 stands for a free one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ else:
 COMMAND_TIMEOUT_S = 300.0
 SERVING_TIMEOUT_S = 120.0
 INTERRUPTED = int(ExitCode.INTERRUPTED)
-SERVES = {"up": r"is up at|\"devices\"", "run": r"is online"}
+SERVES = {"up": r"is up at|\"devices\"", "run": r"is online", "emulate": r"/dev/pts/\d+"}
+STAYS = "emulate"
+"""Serves on while a fleet ends and another begins."""
 WATCHES = {"monitor", "sub"}
 ENDING_OPTIONS = {"--once", "--count", "--help"}
 NOT_RUN = {"make", "pip"}
@@ -76,6 +79,7 @@ class Block:
     expect: tuple[str, ...] = ()
     exit_code: int = 0
     skip: str | None = None
+    interrupt: tuple[str, ...] = ()
 
 
 def blocks(text: str) -> list[Block]:
@@ -92,7 +96,7 @@ def blocks(text: str) -> list[Block]:
         fence = re.match(r"( *)```(.*)$", line)
         if marker := re.match(r" *<!-- test: ?(.*?) ?-->$", line):
             word, _, rest = marker[1].partition(" ")
-            if word not in ("needs", "expect", "exit", "skip") or not rest:
+            if word not in ("needs", "expect", "exit", "skip", "interrupt") or not rest:
                 raise ReadmeError(number, f"no such marker: {line.strip()}")
             markers.append((number, word, rest))
         elif fence is not None:
@@ -145,6 +149,7 @@ def _block(
         expect=tuple(said.get("expect", [])),
         exit_code=int(said.get("exit", ["0"])[-1]),
         skip=said["skip"][0] if "skip" in said else None,
+        interrupt=tuple(said.get("interrupt", [])),
     )
 
 
@@ -177,9 +182,10 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def stop(self) -> None:
-        """Interrupt what serves; it must end as an interrupted command does."""
-        served, self._serving = self._serving, []
+    def stop(self, *verbs: str) -> None:
+        """Interrupt what serves, or these; it must end as an interrupted command does."""
+        served = [x for x in self._serving if not verbs or shlex.split(x.command)[1] in verbs]
+        self._serving = [x for x in self._serving if x not in served]
         statuses = {serving.command: serving.stop() for serving in served}
         wrong = {command: code for command, code in statuses.items() if code != INTERRUPTED}
         assert not wrong, f"ended otherwise when interrupted: {wrong}"
@@ -190,6 +196,8 @@ class Session:
         Raises:
             ReadmeError: a command fails, or its block's output lacks what is expected.
         """
+        if block.interrupt and block.skip is None:
+            self.stop(*block.interrupt)
         for name in block.needs:
             self._write(block.line, name)
         output = ""
@@ -219,7 +227,7 @@ class Session:
         lasting = not ENDING_OPTIONS & set(words)
         if lasting and (verb in SERVES or verb in WATCHES):
             if verb == "up":
-                self.stop()
+                self.stop(*(x for x in SERVES if x != STAYS))
             serving = _Serving(command.removesuffix("&").strip(), self.folder, self._env)
             self._serving.append(serving)
             shown = serving.wait_for(SERVES.get(verb, r"\S"))

@@ -41,6 +41,7 @@ CHUNK_BYTES = 224
 MAX_CHUNKS = 1024
 MAX_INPUT_BYTES = CHUNK_BYTES * MAX_CHUNKS
 NAME_BYTES = 48
+ANSWER_ONE = 1 << 24
 REBOOT_KEY = 0x4C414F48
 """What a REBOOT must carry, so that no noise restarts a device."""
 
@@ -55,6 +56,8 @@ class FrameKind(IntEnum):
     READ = 0x05
     STATISTICS = 0x06
     REBOOT = 0x07
+    ANSWER = 0x08
+    BITS = 0x09
     READY = 0x40
     DAMAGED = 0x41
 
@@ -73,6 +76,15 @@ class FrameStatus(IntEnum):
     INPUT_DIFFERS = 5
     NO_SUCH_RESULT = 6
     REFUSED = 7
+    NO_ANSWER = 8
+
+
+class RebootTo(IntEnum):
+    """What a device starts after REBOOT."""
+
+    IMAGE = 0
+    BOOTLOADER = 1
+    OTHER_IMAGE = 2
 
 
 class Identity(NamedTuple):
@@ -160,6 +172,36 @@ class Read(NamedTuple):
     length: int
 
 
+class Bits(NamedTuple):
+    """Content of BITS: a range of the last result as bits, 1 where a stored value is above `above`.
+
+    The first value is the highest bit of the first byte; the bits after the last one are 0.
+    """
+
+    request: int
+    offset: int
+    length: int
+    above: int
+
+
+class AnswerInfo(NamedTuple):
+    """Content of the reply to ANSWER: what the last result's scores say, in fixed point.
+
+    Attributes:
+        request: Whose result.
+        class_index: The likeliest class that the piece answers, also where it does not know.
+        known: 0 = don't know.
+        entropy, confidence: Normalized entropy, and the probability of the class, as Q24: their
+            1.0 is ANSWER_ONE. The entropy is the computed one also where the piece does not know.
+    """
+
+    request: int
+    class_index: int
+    known: int
+    entropy: int
+    confidence: int
+
+
 class Statistics(NamedTuple):
     """Content of the reply to STATISTICS: counts since the reset.
 
@@ -182,10 +224,10 @@ class Statistics(NamedTuple):
 
 
 class Reboot(NamedTuple):
-    """Content of REBOOT: REBOOT_KEY, and 1 to stay in the bootloader."""
+    """Content of REBOOT: REBOOT_KEY, and a RebootTo."""
 
     key: int
-    to_bootloader: int
+    to: int
 
 
 IDENTITY = struct.Struct("<BBBBIIIIIIHH32s")
@@ -201,6 +243,11 @@ RESULT_HEAD = struct.Struct("<IQII")
 assert RESULT_HEAD.size == 20
 READ = struct.Struct("<IIH2x")
 assert READ.size == 12
+BITS = struct.Struct("<IIHbx")
+assert BITS.size == 12
+ANSWER = struct.Struct("<I")
+ANSWER_INFO = struct.Struct("<IHBxII")
+assert ANSWER_INFO.size == 16
 STATISTICS = struct.Struct("<IQIIIII")
 assert STATISTICS.size == 32
 REBOOT = struct.Struct("<IB3x")

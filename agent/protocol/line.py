@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from . import frames
 from .errors import DeviceUnreachable, WireError
 from .frames import (
+    AnswerInfo,
+    Bits,
     Frame,
     FrameKind,
     FrameReader,
@@ -25,6 +27,7 @@ from .frames import (
     PieceInfo,
     Read,
     Reboot,
+    RebootTo,
     ResultHead,
     Statistics,
 )
@@ -58,6 +61,21 @@ class Result:
 
     output: bytes
     ticks: int
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A range of a piece's output that takes two stored values only: it is fetched as bits.
+
+    Attributes:
+        begin, end: Positions in the output.
+        low, high: The stored values, low < high.
+    """
+
+    begin: int
+    end: int
+    low: int
+    high: int
 
 
 @dataclass
@@ -114,16 +132,41 @@ class LineClient:
 
     def reboot(self, *, to_bootloader: bool, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Reset the device; it acknowledges before it does."""
-        content = frames.REBOOT.pack(*Reboot(frames.REBOOT_KEY, int(to_bootloader)))
+        to = RebootTo.BOOTLOADER if to_bootloader else RebootTo.IMAGE
+        self._call(FrameKind.REBOOT, frames.REBOOT.pack(*Reboot(frames.REBOOT_KEY, to)), timeout_s)
+
+    def roll_back(self, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Have the device keep and start the image in the bootloader's other slot.
+
+        Raises:
+            WireError: it holds no image that was confirmed once, or there is no bootloader.
+        """
+        content = frames.REBOOT.pack(*Reboot(frames.REBOOT_KEY, RebootTo.OTHER_IMAGE))
         self._call(FrameKind.REBOOT, content, timeout_s)
 
-    def infer(self, piece: int, values: bytes, timeout_s: float) -> Result:
+    def answer(self, timeout_s: float = CALL_TIMEOUT_S) -> AnswerInfo:
+        """What the scores of the last inference say, as the device works it out itself.
+
+        Raises:
+            WireError: nothing was inferred yet, or the piece has no answer rule.
+        """
+        request = frames.ANSWER.pack(self._request)
+        reply = self._call(FrameKind.ANSWER, request, timeout_s)
+        said = AnswerInfo(*_unpack(frames.ANSWER_INFO, reply))
+        if said.request != self._request:
+            raise WireError("the answer of another request")
+        return said
+
+    def infer(
+        self, piece: int, values: bytes, timeout_s: float, binary: Sequence[Binary] = ()
+    ) -> Result:
         """Run a piece.
 
         Args:
             piece: Its index.
             values: The stored input, int8, row by row.
             timeout_s: For all of it.
+            binary: Ranges of the output that cross the line as bits, in order.
 
         Raises:
             DeviceUnreachable: no answer within the time.
@@ -156,20 +199,42 @@ class LineClient:
         if head.request != request or len(output) > head.output_bytes:
             raise WireError("the result of another request")
         if len(output) < head.output_bytes:
-            output += self._read_rest(request, len(output), head.output_bytes, deadline_s)
+            begin, end = len(output), head.output_bytes
+            whole = output + self._fetch(request, begin, end, binary, deadline_s)
+            if zlib.crc32(whole) != head.output_crc and binary:
+                # Not as binary as it was said to be: byte by byte, then.
+                whole = output + self._fetch(request, begin, end, (), deadline_s)
+            output = whole
         if zlib.crc32(output) != head.output_crc:
             raise WireError("the checksum of an output does not match")
         return Result(output, head.ticks)
 
-    def _read_rest(self, request: int, begin: int, end: int, deadline_s: float) -> bytes:
+    def _fetch(
+        self, request: int, begin: int, end: int, binary: Sequence[Binary], deadline_s: float
+    ) -> bytes:
+        """Bytes begin to end of the last output: READ, and BITS where values are binary."""
         size = frames.MAX_CONTENT_BYTES
-        reads = [
-            (FrameKind.READ, frames.READ.pack(*Read(request, at, min(size, end - at))))
-            for at in range(begin, end, size)
-        ]
-        return b"".join(
-            _check(FrameKind.READ, reply) for reply in self._exchange(reads, deadline_s)
-        )
+        commands: list[tuple[FrameKind, bytes]] = []
+        ranges: list[tuple[Binary | None, int]] = []
+        at = begin
+        while at < end:
+            inside = next((x for x in binary if x.begin <= at < x.end), None)
+            if inside is None:
+                stop = min([end, at + size, *(x.begin for x in binary if x.begin > at)])
+                commands.append((FrameKind.READ, frames.READ.pack(*Read(request, at, stop - at))))
+            else:
+                stop = min(end, at + 8 * size, inside.end)
+                above = (inside.low + inside.high) // 2
+                bits = frames.BITS.pack(*Bits(request, at, stop - at, above))
+                commands.append((FrameKind.BITS, bits))
+            ranges.append((inside, stop - at))
+            at = stop
+        replies = self._exchange(commands, deadline_s)
+        parts = []
+        for (kind, _), (inside, count), reply in zip(commands, ranges, replies, strict=True):
+            content = _check(kind, reply)
+            parts.append(content if inside is None else _from_bits(content, count, inside))
+        return b"".join(parts)
 
     def _call(self, kind: FrameKind, content: bytes, timeout_s: float) -> bytes:
         (reply,) = self._exchange([(kind, content)], time.monotonic() + timeout_s)
@@ -246,3 +311,10 @@ def _unpack(layout: struct.Struct, content: bytes, *, exact: bool = True) -> tup
     if len(content) < layout.size or (exact and len(content) != layout.size):
         raise WireError(f"a reply of {len(content)} bytes, expected {layout.size}")
     return layout.unpack_from(content)
+
+
+def _from_bits(content: bytes, count: int, binary: Binary) -> bytes:
+    if len(content) != -(-count // 8):
+        raise WireError(f"{len(content)} bytes are not {count} bits")
+    levels = (binary.low & 0xFF, binary.high & 0xFF)
+    return bytes(levels[content[i // 8] >> (7 - i % 8) & 1] for i in range(count))

@@ -139,6 +139,7 @@ static uint8_t infer(struct shoal_agent *agent, uint8_t index, uint32_t request,
         shoal_crc32(0U, (const uint8_t *)shoal_image.output, piece->output_bytes);
     agent->result_piece = index;
     agent->result_request = request;
+    agent->result_input_crc = crc;
     agent->has_result = true;
     agent->inferences++;
     return SHOAL_STATUS_OK;
@@ -158,7 +159,7 @@ static uint8_t on_infer(struct shoal_agent *agent)
         return SHOAL_STATUS_NO_SUCH_PIECE;
     }
     if (!agent->has_result || (agent->result_request != request) ||
-        (agent->result_piece != index)) {
+        (agent->result_piece != index) || (agent->result_input_crc != crc)) {
         const uint8_t status = infer(agent, index, request, crc);
         if (status != SHOAL_STATUS_OK) {
             return status;
@@ -199,6 +200,62 @@ static uint8_t on_read(struct shoal_agent *agent)
     return SHOAL_STATUS_OK;
 }
 
+/* Values of the last output as bits, the first the highest of its byte. */
+static uint8_t on_bits(struct shoal_agent *agent)
+{
+    const struct shoal_frame *command = &agent->command;
+    if (command->length != SHOAL_BITS_BYTES) {
+        return SHOAL_STATUS_BAD_CONTENT;
+    }
+    const uint32_t request = shoal_bytes_get32(&command->content[SHOAL_BITS_AT_REQUEST]);
+    const uint32_t offset = shoal_bytes_get32(&command->content[SHOAL_BITS_AT_OFFSET]);
+    const uint32_t count = shoal_bytes_get16(&command->content[SHOAL_BITS_AT_LENGTH]);
+    const int32_t above = (int8_t)command->content[SHOAL_BITS_AT_ABOVE];
+    if (!agent->has_result || (agent->result_request != request)) {
+        return SHOAL_STATUS_NO_SUCH_RESULT;
+    }
+    const uint32_t total = shoal_image.pieces[agent->result_piece].piece->output_bytes;
+    if ((count > (8U * SHOAL_FRAME_MAX_CONTENT_BYTES)) || (offset > total) ||
+        (count > (total - offset))) {
+        return SHOAL_STATUS_BAD_CONTENT;
+    }
+    uint8_t *to = agent->reply.content;
+    const uint32_t length = (count + 7U) / 8U;
+    (void)memset(to, 0, length);
+    for (uint32_t i = 0U; i < count; i++) {
+        if (shoal_image.output[offset + i] > above) {
+            to[i / 8U] |= (uint8_t)(0x80U >> (i % 8U));
+        }
+    }
+    agent->reply.length = (uint16_t)length;
+    return SHOAL_STATUS_OK;
+}
+
+static uint8_t on_answer(struct shoal_agent *agent)
+{
+    const struct shoal_frame *command = &agent->command;
+    if (command->length != SHOAL_ANSWER_BYTES) {
+        return SHOAL_STATUS_BAD_CONTENT;
+    }
+    const uint32_t request = shoal_bytes_get32(command->content);
+    if (!agent->has_result || (agent->result_request != request)) {
+        return SHOAL_STATUS_NO_SUCH_RESULT;
+    }
+    struct shoal_image_answer answer;
+    if (!shoal_image_answer(agent->result_piece, shoal_image.output, &answer)) {
+        return SHOAL_STATUS_NO_ANSWER;
+    }
+    uint8_t *to = agent->reply.content;
+    (void)memset(to, 0, SHOAL_ANSWER_INFO_BYTES);
+    shoal_bytes_put32(&to[SHOAL_ANSWER_INFO_AT_REQUEST], request);
+    shoal_bytes_put16(&to[SHOAL_ANSWER_INFO_AT_CLASS_INDEX], answer.class_index);
+    to[SHOAL_ANSWER_INFO_AT_KNOWN] = answer.known ? 1U : 0U;
+    shoal_bytes_put32(&to[SHOAL_ANSWER_INFO_AT_ENTROPY], answer.entropy);
+    shoal_bytes_put32(&to[SHOAL_ANSWER_INFO_AT_CONFIDENCE], answer.confidence);
+    agent->reply.length = SHOAL_ANSWER_INFO_BYTES;
+    return SHOAL_STATUS_OK;
+}
+
 static void put_statistics(const struct shoal_agent *agent, struct shoal_frame *reply)
 {
     uint8_t *to = reply->content;
@@ -212,10 +269,19 @@ static void put_statistics(const struct shoal_agent *agent, struct shoal_frame *
     reply->length = SHOAL_STATISTICS_BYTES;
 }
 
-static bool is_reboot(const struct shoal_frame *command)
+/* Whether a REBOOT may be done; what is to be started then is settled. */
+static uint8_t on_reboot(const struct shoal_frame *command)
 {
-    return (command->length == SHOAL_REBOOT_BYTES) &&
-           (shoal_bytes_get32(&command->content[SHOAL_REBOOT_AT_KEY]) == SHOAL_FRAME_REBOOT_KEY);
+    if ((command->length != SHOAL_REBOOT_BYTES) ||
+        (shoal_bytes_get32(&command->content[SHOAL_REBOOT_AT_KEY]) != SHOAL_FRAME_REBOOT_KEY) ||
+        (command->content[SHOAL_REBOOT_AT_TO] > SHOAL_REBOOT_TO_OTHER_IMAGE)) {
+        return SHOAL_STATUS_BAD_CONTENT;
+    }
+    if ((command->content[SHOAL_REBOOT_AT_TO] == SHOAL_REBOOT_TO_OTHER_IMAGE) &&
+        !shoal_slot_roll_back()) {
+        return SHOAL_STATUS_REFUSED;
+    }
+    return SHOAL_STATUS_OK;
 }
 
 static void drain(void)
@@ -254,8 +320,14 @@ static void handle(struct shoal_agent *agent)
         put_statistics(agent, reply);
         break;
     case SHOAL_KIND_REBOOT:
-        reboot = is_reboot(command);
-        status = reboot ? SHOAL_STATUS_OK : SHOAL_STATUS_BAD_CONTENT;
+        status = on_reboot(command);
+        reboot = status == SHOAL_STATUS_OK;
+        break;
+    case SHOAL_KIND_ANSWER:
+        status = on_answer(agent);
+        break;
+    case SHOAL_KIND_BITS:
+        status = on_bits(agent);
         break;
     default:
         status = SHOAL_STATUS_UNKNOWN_COMMAND;
@@ -270,7 +342,7 @@ static void handle(struct shoal_agent *agent)
     send(agent);
     if (reboot) {
         drain();
-        shoal_port_reset(command->content[SHOAL_REBOOT_AT_TO_BOOTLOADER] == 1U);
+        shoal_port_reset(command->content[SHOAL_REBOOT_AT_TO] == SHOAL_REBOOT_TO_BOOTLOADER);
     }
 }
 

@@ -23,6 +23,7 @@ struct shoal_agent {
     bool has_result; /* output holds the result of result_request */
     uint8_t result_piece;
     uint32_t result_request;
+    uint32_t result_input_crc;
     uint32_t result_crc;
     uint64_t result_ticks;
 

@@ -4,6 +4,7 @@
 
 #include "shoal_piece.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 struct shoal_image_piece {
@@ -26,5 +27,16 @@ struct shoal_image {
 };
 
 extern const struct shoal_image shoal_image;
+
+/** What a piece's scores say; see shoal_scores.h. */
+struct shoal_image_answer {
+    uint16_t class_index;
+    bool known;
+    uint32_t entropy; /* Q24, as is the confidence */
+    uint32_t confidence;
+};
+
+/** Read the scores of a piece, given its output; false where it has no answer rule. */
+bool shoal_image_answer(uint8_t piece, const int8_t *scores, struct shoal_image_answer *answer);
 
 #endif

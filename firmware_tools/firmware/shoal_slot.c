@@ -22,3 +22,11 @@ void shoal_slot_confirm(void)
         shoal_handover.trial = SHOAL_BOOT_KEPT;
     }
 }
+
+bool shoal_slot_roll_back(void)
+{
+    const uint8_t other = (uint8_t)(1U - SHOAL_SLOT);
+    /* Of two confirmed images the one that was confirmed last is kept. */
+    return shoal_boot_is_whole(other) && shoal_boot_recorded(SHOAL_BOOT_CONFIRMED, other) &&
+           shoal_boot_record(SHOAL_BOOT_CONFIRMED, other);
+}

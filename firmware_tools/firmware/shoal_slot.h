@@ -2,6 +2,7 @@
 #ifndef SHOAL_SLOT_H
 #define SHOAL_SLOT_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #define SHOAL_SLOT_NONE 255U
@@ -12,5 +13,8 @@ uint8_t shoal_slot_running(void);
 uint8_t shoal_slot_trial(void);
 /** Keep this image: it works. May be called again and again. */
 void shoal_slot_confirm(void);
+/** Keep the image in the other slot instead, from the next reset on; false where there is none that
+ * was ever confirmed. */
+bool shoal_slot_roll_back(void);
 
 #endif

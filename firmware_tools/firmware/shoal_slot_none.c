@@ -14,3 +14,8 @@ uint8_t shoal_slot_trial(void)
 void shoal_slot_confirm(void)
 {
 }
+
+bool shoal_slot_roll_back(void)
+{
+    return false;
+}
