@@ -6,7 +6,9 @@ Bytes are whole payloads, as agents encode them; what MQTT and TCP put around on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from agent.protocol.messages import (
 from agent.protocol.plan import Output
 
 from .platform import Platform, load_platform
+from .tflite import work_of_file
 from .walk import Casting, Network, PlanCost, Setting, plan_cost
 from .work import LayerWork, PieceWork, Sent
 
@@ -37,6 +40,7 @@ PLATFORM_OF_KIND: Mapping[Kind, str] = {
     Kind.PI_5: "pi-5",
     Kind.PC: "pc",
     Kind.MCU: "stm32f405",
+    Kind.STM32F405: "stm32f405",
 }
 """What stands for a device unless the user names a platform for it."""
 
@@ -49,6 +53,7 @@ def bundle_cost(
     network: Network | None = None,
     trigger: bool = False,
     strategy: int = 0,
+    works: Mapping[str, PieceWork] | None = None,
 ) -> dict[int, PlanCost]:
     """Estimate what a decision at each exit costs.
 
@@ -60,6 +65,8 @@ def bundle_cost(
         network: In place of the fleet's link with its broker on the aggregator.
         trigger: Whether devices read their own sensors; else the frame is in the request.
         strategy: Index into the plan's strategies.
+        works: Pieces' work layer by layer, as `works_of_files` reads it; None: what the manifest
+            counts of each as a whole.
 
     Returns:
         By the exit's tier, lowest first.
@@ -79,7 +86,8 @@ def bundle_cost(
         asker=None,
         frame_bytes=len(encode(request)),
     )
-    works = {entry.name: work_of_entry(entry) for entry in manifest.pieces}
+    if works is None:
+        works = {entry.name: work_of_entry(entry) for entry in manifest.pieces}
     return plan_cost(manifest.plan, works, setting, strategy=strategy)
 
 
@@ -94,9 +102,25 @@ def network_of(fleet: Fleet, casting: Casting = Casting.BROKER) -> Network:
     )
 
 
+def works_of_files(folder: Path, manifest: Manifest) -> dict[str, PieceWork]:
+    """The work of each piece of a bundle, layer by layer, by the piece's name.
+
+    Args:
+        folder: Of the bundle.
+        manifest: Its manifest.
+    """
+    return {
+        entry.name: replace(
+            work_of_file((folder / entry.model.path).read_bytes(), _width(entry)),
+            sends=_sends(entry),
+        )
+        for entry in manifest.pieces
+    }
+
+
 def work_of_entry(entry: PieceEntry) -> PieceWork:
     """A piece as its manifest counts it: one layer with all its work."""
-    width = 1 if entry.output.dtype == "int8" else 4
+    width = _width(entry)
     outputs = sum(prod(tensor.shape) for tensor in entry.outputs)
     inputs = prod(entry.input.shape)
     weights = -(-entry.estimated.weight_bytes // width)
@@ -108,8 +132,17 @@ def work_of_entry(entry: PieceEntry) -> PieceWork:
         output_elements=outputs,
         input_elements=inputs,
         element_bytes=width,
-        sends={output: _sent(entry.tensor(output)) for output in (Output.SCORES, Output.FEATURES)},
+        sends=_sends(entry),
     )
+
+
+def _width(entry: PieceEntry) -> int:
+    """Bytes of one element."""
+    return 1 if entry.output.dtype == "int8" else 4
+
+
+def _sends(entry: PieceEntry) -> dict[Output, Sent]:
+    return {output: _sent(entry.tensor(output)) for output in (Output.SCORES, Output.FEATURES)}
 
 
 def _platform(device: Device, chosen: Mapping[str, str]) -> Platform:

@@ -84,13 +84,22 @@ class Systolic(Contract):
 
 
 class Processor(Contract):
-    """A processor at its effective rates."""
+    """A processor at its effective rates.
+
+    Attributes:
+        macs: Multiply-accumulates.
+        elements: Of layers without them.
+        lanes: Channels of a layer that are calculated together; the last ones may be too few.
+        outputs: Values that layers with multiply-accumulates round and store, beside these.
+    """
 
     kind: Literal["processor"]
     macs: Constant[PerSecond]
     elements: Constant[PerSecond]
     per_layer: Constant[Seconds]
     per_piece: Constant[Seconds]
+    lanes: Constant[Count] | None = None
+    outputs: Constant[PerSecond] | None = None
 
 
 class OnChip(Contract):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from itertools import count
+from math import ceil
 
 from agent.protocol.errors import PlanDoesNotFit
 from agent.protocol.fleet import Link, Medium
@@ -29,7 +31,58 @@ class Casting(str, Enum):
     BROADCAST = "broadcast"
     """One transmission that all of them hear."""
     BROKER = "broker"
-    """One to the broker's device, and one from there to each; none to or from itself."""
+    """One to the broker's device, and one from there to each; none to or from itself. As agents
+    subscribe: every device of the plan has the request, and a message of some kind reaches all that
+    take this kind from its sender, be it from another node or in another strategy."""
+
+
+@dataclass(frozen=True)
+class Packets:
+    """How a message is cut into packets, each with headers of its own.
+
+    Attributes:
+        content_bytes: Of one full packet.
+        overhead_bytes: Beside that, of each; with what the receiver answers on the same medium.
+    """
+
+    content_bytes: int
+    overhead_bytes: float
+
+    @classmethod
+    def of_tcp(cls, *, acknowledged: bool) -> Packets:
+        """TCP over IPv4 in Ethernet's 1500 bytes.
+
+        20 bytes of IP, 20 of TCP, 12 of its time stamps (RFC 7323); where receivers' words take
+        the same medium, half an acknowledgement of 52 bytes: one for two full packets (RFC 1122,
+        4.2.3.2).
+        """
+        return cls(1448, 52 + (26 if acknowledged else 0))
+
+    def around(self, payload_bytes: float) -> float:
+        """Bytes of all packets of a message beside its own."""
+        return max(1, ceil(payload_bytes / self.content_bytes)) * self.overhead_bytes
+
+
+@dataclass(frozen=True)
+class Handling:
+    """What programs do with a message, beside the bits that cross the network.
+
+    Attributes:
+        send_s: Of the sender, before the message is on its way.
+        receive_s: Of each receiver; it takes one message after the other.
+        receive_byte_s: The same for each byte.
+        broker_s: Of the broker for each receiver, one after the other.
+        decide_s: From all that an exit waits for to its decision at who asked.
+        processors: That all of them share: devices that are processes of one machine. None: each
+            device has its own.
+    """
+
+    send_s: float = 0.0
+    receive_s: float = 0.0
+    receive_byte_s: float = 0.0
+    broker_s: float = 0.0
+    decide_s: float = 0.0
+    processors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +92,7 @@ class Network:
     Attributes:
         rate_bits_per_s: What the medium carries; each device's own link where it is switched.
         latency_s: From sending a message to its arrival, beside its bits; others may send then.
+            On the way to the broker, and again on the way from there.
         occupied_s: Time that each transmission keeps the medium busy beside its bits.
         shared: One transmission at a time (Wi-Fi, a bus); else each device sends and receives
             on a link of its own, both ways at once.
@@ -47,6 +101,8 @@ class Network:
         overhead_bytes: Around the content of each message.
         answer_bytes: Content of an answer.
         escalation_bytes: Content of an exit's word that it is unsure.
+        packets: How messages are cut; None: a message is what crosses the network.
+        handling: What programs do with a message.
     """
 
     rate_bits_per_s: float = 100e6
@@ -58,6 +114,8 @@ class Network:
     overhead_bytes: int = 0
     answer_bytes: int = 6
     escalation_bytes: int = 1
+    packets: Packets | None = None
+    handling: Handling = field(default_factory=Handling)
 
     @classmethod
     def of_link(cls, link: Link, **more: object) -> Network:
@@ -251,6 +309,24 @@ class _Message:
     devices: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Parcel:
+    """A message on its way.
+
+    Attributes:
+        tier: Of the node that sent it; None for the request.
+        event: What has happened once it is there.
+        elements: Values in it.
+        beyond: Whom the broker is to give it to; empty on the last way.
+    """
+
+    payload_bytes: float
+    tier: int | None
+    event: str
+    elements: int
+    beyond: tuple[str, ...] = ()
+
+
 class _Walk:
     """One inference, decided at one exit."""
 
@@ -280,14 +356,27 @@ class _Walk:
         self.sent: dict[str, float] = defaultdict(float)
         self.received: dict[str, float] = defaultdict(float)
         self.arrived: set[tuple[str, str]] = set()
+        self.pending = {name: set(waits) for name, waits in self.waits.items()}
+        self.waiting: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for name, events in self.waits.items():
+            for event in events:
+                self.waiting[self.nodes[name].device, event].append(name)
         self.kept: dict[tuple[str, str], list[_Message]] = defaultdict(list)
-        self.queue: list[tuple[float, int, str, str]] = []
+        self.queue: list[tuple[float, int, Callable[[float], None]]] = []
         self.ticket = count()
         self.latency_s = 0.0
+        handling = setting.network.handling
+        self.broker_free = 0.0
+        self.handling_free: dict[str, float] = defaultdict(float)
+        self.processors = [0.0] * (handling.processors or 0)
         self.resident = {
             device: self._fits_on_chip(device)
             for device in {node.device for node in strategy.nodes}
         }
+        self.subscribed: dict[tuple[str, Output], dict[str, None]] = {}
+        self.asked: set[str] = set()
+        if setting.network.casting is Casting.BROKER:
+            self._subscribe(plan)
         self.active: dict[int, int] = {}
         for level in {node.tier for node in strategy.nodes}:
             at_work = {x.device for x in strategy.nodes if x.tier == level and x.piece}
@@ -318,33 +407,29 @@ class _Walk:
         names = _pieces_of(self.strategy, device)
         return _resident(names, self.works, self.setting, device) <= platform.on_chip.size.value
 
+    def _subscribe(self, plan: Plan) -> None:
+        """Whom a broker gives what: topics are of devices and kinds, for all strategies."""
+        for strategy in plan.strategies:
+            nodes = {node.name: node for node in strategy.nodes}
+            for node in strategy.nodes:
+                self.asked.add(node.device)
+                for name in node.listens_to:
+                    topic = nodes[name].device, self._heard(node, nodes[name], nodes)
+                    if node.device != nodes[name].device:
+                        self.subscribed.setdefault(topic, {})[node.device] = None
+
     # The inference itself.
 
     def cost(self) -> PlanCost:
-        blind = {node.device for node in self.nodes.values() if not node.listens_to} - {
-            self.setting.asker
-        }
+        blind = {node.device for node in self.nodes.values() if not node.listens_to}
+        blind = (blind | self.asked) - {self.setting.asker}
         asker = self.setting.asker or _ASKER
         self._broadcast(asker, sorted(blind), self.setting.frame_bytes, None, 0.0, _REQUEST)
         if self.setting.asker is not None:
             self._post(0.0, self.setting.asker, _REQUEST)
-        pending = {name: set(waits) for name, waits in self.waits.items()}
-        waiting: dict[tuple[str, str], list[str]] = defaultdict(list)
-        for name, events in self.waits.items():
-            for event in events:
-                waiting[self.nodes[name].device, event].append(name)
         while self.queue:
-            now, _, device, event = heapq.heappop(self.queue)
-            if event.startswith(_RUN):
-                self._run(self.nodes[event.removeprefix(_RUN)], now)
-                continue
-            self.arrived.add((device, event))
-            for message in self.kept.pop((device, event), []):
-                self._tell(message, now)
-            for name in waiting.pop((device, event), ()):
-                pending[name].discard(event)
-                if not pending[name]:
-                    self._post(now, device, f"{_RUN}{name}")
+            now, _, action = heapq.heappop(self.queue)
+            action(now)
         devices = {
             device: self._device_cost(device)
             for device in dict.fromkeys(node.device for node in self.strategy.nodes)
@@ -357,16 +442,31 @@ class _Walk:
             self.elements_sent,
         )
 
+    def _happen(self, device: str, event: str, now: float) -> None:
+        """A device has heard something: send what was kept for it, run what waited for it last."""
+        self.arrived.add((device, event))
+        for message in self.kept.pop((device, event), []):
+            self._tell(message, now)
+        for name in self.waiting.pop((device, event), ()):
+            self.pending[name].discard(event)
+            if not self.pending[name]:
+                self._at(now, partial(self._run, self.nodes[name]))
+
     def _run(self, node: Node, now: float) -> None:
-        """A node has all it waits for: fuse, run, send on, decide or escalate."""
+        """A node has all it waits for: fuse and run, then decide or send."""
         platform = self.setting.platforms[node.device]
         usage = self._usage_of(node, platform)
         end = max(now, self.device_free[node.device]) + usage.seconds
         self.device_free[node.device] = end
         self.usage[node.device] = self.usage.get(node.device, _nothing(platform)) + usage
         if node.tier == self.tier:
-            self.latency_s = max(self.latency_s, end)
-            return
+            decided = end + self.setting.network.handling.decide_s
+            self.latency_s = max(self.latency_s, decided)
+        else:
+            self._at(end, partial(self._hand_on, node))
+
+    def _hand_on(self, node: Node, now: float) -> None:
+        """A node has its result: send it on, escalate."""
         at_once: dict[Output, dict[str, None]] = defaultdict(dict)
         on_demand: dict[tuple[int, Output], dict[str, None]] = defaultdict(dict)
         for listener in self.listeners[node.name]:
@@ -376,16 +476,16 @@ class _Walk:
             else:
                 on_demand[gate, output][listener.device] = None
         for output, devices in at_once.items():
-            self._tell(_Message(node, output, tuple(devices)), end)
+            self._tell(_Message(node, output, tuple(devices)), now)
         for (gate, output), devices in on_demand.items():
             message = _Message(node, output, tuple(devices))
             event = f"{_ESCALATION}{gate}"
             if (node.device, event) in self.arrived:
-                self._tell(message, end)
+                self._tell(message, now)
             else:
                 self.kept[node.device, event].append(message)
         if node.tier in self.exits:
-            self._escalate(node, end)
+            self._escalate(node, now)
 
     def _escalate(self, node: Node, now: float) -> None:
         """An exit is unsure: tell who waits for that, and who has kept something for it."""
@@ -412,11 +512,15 @@ class _Walk:
         if node.device in message.devices:
             self._post(now, node.device, node.name)
         others = [device for device in message.devices if device != node.device]
+        if others:  # a broker gives it to whoever takes the like from this device
+            others = list(self.subscribed.get((node.device, message.output), others))
         self._broadcast(node.device, others, size, node.tier, now, node.name, elements)
 
-    def _heard(self, listener: Node, sender: Node) -> Output:
-        """What one node takes of another."""
-        offered = self._offers(sender)
+    def _heard(
+        self, listener: Node, sender: Node, nodes: Mapping[str, Node] | None = None
+    ) -> Output:
+        """What one node takes of another; `nodes` of their strategy where it is not the walked."""
+        offered = self._offers(sender, nodes or self.nodes)
         if listener.fusion in ANSWER_FUSIONS:
             return Output.ANSWER
         if listener.takes is not None:
@@ -425,12 +529,12 @@ class _Walk:
         order = wanted if listener.piece is None else reversed(wanted)
         return next((output for output in order if output in offered), wanted[0])
 
-    def _offers(self, node: Node) -> frozenset[Output]:
+    def _offers(self, node: Node, nodes: Mapping[str, Node]) -> frozenset[Output]:
         if node.fusion in ANSWER_FUSIONS:
             return frozenset({Output.ANSWER})
         if node.piece is not None:
             return frozenset(self.pieces[node.piece].outputs)
-        return frozenset(self._heard(node, self.nodes[name]) for name in node.listens_to)
+        return frozenset(self._heard(node, nodes[name], nodes) for name in node.listens_to)
 
     def _sent(self, node: Node, output: Output) -> tuple[int, float, float]:
         """Elements of what a node sends, bytes of one of them, and bytes around all of them."""
@@ -475,8 +579,11 @@ class _Walk:
 
     # The network.
 
+    def _at(self, time_s: float, action: Callable[[float], None]) -> None:
+        heapq.heappush(self.queue, (time_s, next(self.ticket), action))
+
     def _post(self, at: float, device: str, event: str) -> None:
-        heapq.heappush(self.queue, (at, next(self.ticket), device, event))
+        self._at(at, partial(self._happen, device, event))
 
     def _broadcast(
         self,
@@ -498,31 +605,41 @@ class _Walk:
                 self._post(now, device, event)
             return
         payload = content_bytes + network.overhead_bytes
-        if network.casting is Casting.BROADCAST:
-            end = self._transmit(sender, receivers, payload, tier, now)
-            for device in receivers:
-                self._post(end + network.latency_s, device, event)
-            self.elements_sent += elements
-            return
+        parcel = _Parcel(payload, tier, event, elements)
+        begin = self._handle(sender, network.handling.send_s, now)
         broker = network.broker
-        if network.casting is Casting.BROKER and broker is not None and sender != broker:
-            now = self._transmit(sender, (broker,), payload, tier, now)
-            self.elements_sent += elements
-            sender = broker
+        if network.casting is Casting.BROADCAST:
+            self._at(begin, partial(self._transmit, sender, receivers, parcel))
+        elif network.casting is Casting.UNICAST or broker is None:
+            for device in receivers:
+                self._at(begin, partial(self._transmit, sender, (device,), parcel))
+        elif sender == broker:
+            self._at(begin, partial(self._forward, receivers, parcel))
+        else:
+            hop = replace(parcel, beyond=receivers)
+            self._at(begin, partial(self._transmit, sender, (broker,), hop))
+
+    def _forward(self, receivers: tuple[str, ...], parcel: _Parcel, now: float) -> None:
+        """The broker has a message: it gives it to one after the other."""
+        network = self.setting.network
+        broker = network.broker
+        assert broker is not None
         for device in receivers:
-            if device == sender:
-                self._post(now + network.latency_s, device, event)
-                continue
-            end = self._transmit(sender, (device,), payload, tier, now)
-            self.elements_sent += elements
-            self._post(end + network.latency_s, device, event)
+            start = max(now, self.broker_free)
+            self.broker_free = self._processed(start, network.handling.broker_s)
+            if device == broker:
+                self._at(self.broker_free, partial(self._receive, device, parcel))
+            else:
+                self._at(self.broker_free, partial(self._transmit, broker, (device,), parcel))
 
     def _transmit(
-        self, sender: str, receivers: tuple[str, ...], payload: float, tier: int | None, now: float
-    ) -> float:
-        """Put one transmission on the medium; when its last bit is through."""
+        self, sender: str, receivers: tuple[str, ...], parcel: _Parcel, now: float
+    ) -> None:
+        """Put one transmission on the medium, and note when its last bit is there."""
         network = self.setting.network
-        lasts = payload * 8 / network.rate_bits_per_s + network.occupied_s
+        payload = parcel.payload_bytes
+        packets = 0.0 if network.packets is None else network.packets.around(payload)
+        lasts = (payload + packets) * 8 / network.rate_bits_per_s + network.occupied_s
         used = [("medium", "")]
         if not network.shared:
             used = [("up", sender), *(("down", device) for device in receivers)]
@@ -530,11 +647,38 @@ class _Walk:
         end = start + lasts
         for link in used:
             self.link_free[link] = end
-        self.transmissions.append(Transmission(sender, receivers, payload, tier, start, end))
+        self.transmissions.append(Transmission(sender, receivers, payload, parcel.tier, start, end))
+        self.elements_sent += parcel.elements
         self.sent[sender] += payload
         for device in receivers:
             self.received[device] += payload
-        return end
+        arrival = end + network.latency_s
+        if parcel.beyond:
+            self._at(arrival, partial(self._forward, parcel.beyond, replace(parcel, beyond=())))
+            return
+        for device in receivers:
+            self._at(arrival, partial(self._receive, device, parcel))
+
+    def _receive(self, device: str, parcel: _Parcel, now: float) -> None:
+        """A message is there: its receiver takes it in."""
+        handling = self.setting.network.handling
+        takes = handling.receive_s + parcel.payload_bytes * handling.receive_byte_s
+        self._post(self._handle(device, takes, now), device, parcel.event)
+
+    def _handle(self, device: str, takes_s: float, now: float) -> float:
+        """A device's program does something that takes some time; when that is done."""
+        if takes_s == 0.0:
+            return now
+        done = self._processed(max(now, self.handling_free[device]), takes_s)
+        self.handling_free[device] = done
+        return done
+
+    def _processed(self, start: float, takes_s: float) -> float:
+        """When something is done, by the next free processor where they are shared."""
+        if self.processors:
+            start = max(start, heapq.heappop(self.processors))
+            heapq.heappush(self.processors, start + takes_s)
+        return start + takes_s
 
     def _device_cost(self, device: str) -> DeviceCost:
         platform = self.setting.platforms[device]
@@ -557,7 +701,7 @@ class _Walk:
         )
 
 
-_REQUEST, _ESCALATION, _RUN, _ASKER = "?request", "?unsure ", "?run ", "?asker"
+_REQUEST, _ESCALATION, _ASKER = "?request", "?unsure ", "?asker"
 _FLOAT_BYTES = 4.0
 """Of a value that no piece gave: fusions calculate in float32."""
 _ELEMENTWISE = frozenset({Fusion.SUM, Fusion.MEAN, Fusion.MAX})

@@ -290,10 +290,10 @@ def arithmetic(layer: LayerWork, compute: Array | Systolic | Processor) -> tuple
     Array: outputs * ceil(reduction / units) steps, one step an output of an element-wise layer.
     Systolic: ceil(reduction / rows) * ceil(channels / columns) tiles of positions + rows +
     columns - 2 cycles; element-wise layers one row of outputs a cycle.
+    Processor: macs, as many as lanes that run full would do, and values rounded and stored.
     """
     if isinstance(compute, Processor):
-        moved = 0 if layer.macs else max(layer.outputs, layer.inputs)
-        return 0.0, layer.macs / compute.macs.value + moved / compute.elements.value
+        return 0.0, _on_processor(layer, compute)
     if isinstance(compute, Array):
         steps = layer.outputs * max(1, ceil(layer.reduction / compute.mac_units.value))
         cycles = steps * compute.cycles_per_step.value + compute.fill_cycles.value
@@ -306,6 +306,18 @@ def arithmetic(layer: LayerWork, compute: Array | Systolic | Processor) -> tuple
         tiles = ceil(layer.reduction / rows) * ceil(layer.channels / columns)
         cycles = float(tiles * (positions + rows + columns - 2))
     return cycles, cycles / compute.clock.value
+
+
+def _on_processor(layer: LayerWork, compute: Processor) -> float:
+    """Seconds of a layer's arithmetic."""
+    if not layer.macs:
+        return max(layer.outputs, layer.inputs) / compute.elements.value
+    full = 1.0
+    if compute.lanes is not None:
+        lanes = compute.lanes.value
+        full = ceil(layer.channels / lanes) * lanes / layer.channels
+    seconds = layer.macs * full / compute.macs.value
+    return seconds if compute.outputs is None else seconds + layer.outputs / compute.outputs.value
 
 
 def _overhead(compute: Array | Systolic | Processor) -> float:

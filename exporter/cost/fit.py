@@ -1,0 +1,124 @@
+"""A processor's constants from measured pieces: what a user's own device is described by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.protocol.errors import DataError
+from exporter.methods.edgent.profile import non_negative_least_squares
+
+from .platform import Constant, Platform, Processor
+from .work import LayerWork, PieceWork
+
+LANES = (1, 4, 8, 16, 32)
+"""Channels that a processor may calculate together: none, or a vector register's int8 or int32."""
+FASTEST = 1e18
+"""A second, where what takes no time was found."""
+
+
+def fit_processor(samples: Sequence[tuple[PieceWork, float]], source: str) -> Processor:
+    """The constants with the least squared relative error, lanes tried one by one.
+
+    seconds = macs / rate (channels filled up to lanes) + values rounded and stored / rate
+            + values of layers without macs / rate + layers * per_layer + per_piece
+
+    Args:
+        samples: Pieces and the seconds that each took; of several sizes and kinds of layers.
+        source: Of the constants.
+
+    Raises:
+        DataError: fewer than 6 samples, or one that took no time.
+    """
+    if len(samples) < 6 or not all(seconds > 0 for _, seconds in samples):
+        raise DataError(
+            f"{len(samples)} measured pieces do not describe a processor, or one took no time",
+            "measure at least 6 pieces of several sizes",
+        )
+    seconds = np.array([taken for _, taken in samples])
+    best: tuple[float, int, NDArray[np.float64]] | None = None
+    for lanes in LANES:
+        table = np.array([_features(work, lanes) for work, _ in samples], np.float64)
+        weights = non_negative_least_squares(table / seconds[:, None], np.ones(len(samples)))
+        error = float(((table @ weights / seconds - 1) ** 2).sum())
+        if best is None or error < best[0]:
+            best = error, lanes, weights
+    assert best is not None
+    _, lanes, weights = best
+    rates = [float(1 / weight) if weight > 1 / FASTEST else FASTEST for weight in weights[:3]]
+    said = {
+        "macs": f"{rates[0]:.0f} /s",
+        "outputs": f"{rates[1]:.0f} /s",
+        "elements": f"{rates[2]:.0f} /s",
+        "per_layer": f"{weights[3]:.18f} s",
+        "per_piece": f"{weights[4]:.18f} s",
+        "lanes": lanes,
+    }
+    constants = {name: {"value": value, "source": source} for name, value in said.items()}
+    return Processor.model_validate({"kind": "processor", **constants})
+
+
+def fitted_platform(base: Platform, samples: Sequence[tuple[PieceWork, float]]) -> Platform:
+    """A platform with a processor fitted to measurements, which have its memory's time in them.
+
+    Args:
+        base: Of the memories and the energy.
+        samples: As `fit_processor` takes them.
+    """
+    source = f"fitted to {len(samples)} measured pieces"
+    instant = base.on_chip.model_copy(update={"access": _constant(0.0, source)})
+    off = base.off_chip
+    if off is not None:
+        off = off.model_copy(update={"rate": _constant(FASTEST, source)})
+    return base.model_copy(
+        update={
+            "compute": fit_processor(samples, source),
+            "on_chip": instant,
+            "off_chip": off,
+            "calibrated": source,
+        }
+    )
+
+
+def slowed(platform: Platform, factor: float) -> Platform:
+    """The platform of a processor that takes `factor` times as long for everything.
+
+    Raises:
+        DataError: it is no processor.
+    """
+    compute = platform.compute
+    if not isinstance(compute, Processor):
+        raise DataError(f"{platform.platform} is no processor: only those can be slowed")
+    changed = {}
+    for name in ("macs", "elements", "outputs"):
+        constant = getattr(compute, name)
+        if constant is not None:
+            changed[name] = _constant(constant.value / factor, constant.source)
+    for name in ("per_layer", "per_piece"):
+        constant = getattr(compute, name)
+        changed[name] = _constant(constant.value * factor, constant.source)
+    return platform.model_copy(update={"compute": compute.model_copy(update=changed)})
+
+
+def _features(work: PieceWork, lanes: int) -> list[float]:
+    kernels = [layer for layer in work.layers if layer.macs]
+    others = [layer for layer in work.layers if not layer.macs]
+    return [
+        sum(layer.macs * _filled(layer, lanes) for layer in kernels),
+        sum(layer.outputs for layer in kernels),
+        sum(max(layer.outputs, layer.inputs) for layer in others),
+        len(work.layers),
+        1,
+    ]
+
+
+def _filled(layer: LayerWork, lanes: int) -> float:
+    return ceil(layer.channels / lanes) * lanes / layer.channels
+
+
+def _constant(value: float, source: str) -> Constant[float]:
+    # Validated where it was read: a platform file says "2 G/s", this is a plain number.
+    return Constant[float].model_construct(value=value, source=source)
