@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.protocol.adaptation import MESSAGE_OVERHEAD_BYTES, CostTable, configuration_map
+from agent.protocol.adaptation import CostTable, configuration_map, reward, wire_bytes
 from agent.protocol.errors import ManifestError
 from agent.protocol.messages import Decision
 from agent.protocol.plan import Adaptation, Plan
@@ -255,6 +255,8 @@ PROBE_EVERY_S = 5.0
 STATES = 64
 PATIENCE = 0.8
 """Of the latency required: the rest is for what no profile knows, such as a busy device."""
+SPARE = 1.1
+"""A strategy that sends is in time if it were with so much more to send and to wait for."""
 
 
 class Adapter:
@@ -279,6 +281,12 @@ class Adapter:
         self._devices = [
             frozenset(node.device for node in strategy.nodes) for strategy in plan.strategies
         ]
+        self._returns = [
+            strategy.aggregator.device == min(strategy.nodes, key=lambda node: node.tier).device
+            for strategy in plan.strategies
+        ]
+        self._aim = adaptation.aim
+        self._highest_bits_per_s = 2 * adaptation.highest_bits_per_s
         states = bandwidth_states(
             adaptation.lowest_bits_per_s, adaptation.highest_bits_per_s, STATES
         )
@@ -290,15 +298,31 @@ class Adapter:
         """The bandwidth as it seems to be."""
         return self._chooser.bits_per_s
 
-    def pick(self, gone: Container[str] = ()) -> int:
+    def pick(self, gone: Container[str] = (), limit_ms: float | None = None) -> int:
         """The strategy of the next request.
 
         Args:
             gone: Devices that are known not to be there. Where every strategy needs one of them,
                 they are taken to be there.
+            limit_ms: The latency required of this request, if it is shorter than the plan's.
         """
         there = [i for i, names in enumerate(self._devices) if not any(x in gone for x in names)]
-        return self._chooser.among(there or range(len(self._devices)))
+        there = there or list(range(len(self._devices)))
+        if limit_ms is None or limit_ms >= self.limit_ms:
+            limit_ms = self.limit_ms
+            if self._aim == "reward":
+                return self._chooser.among(there)
+        table = self._table
+        latency = table.latency_ms(self.bits_per_s)
+        compute = table.compute_ms
+        latency = np.where(table.sent_bits > 0, compute + SPARE * (latency - compute), latency)
+        in_time = [i for i in there if latency[i] <= limit_ms]
+        if not in_time:
+            return min(there, key=lambda i: float(latency[i]))
+        if self._aim == "reward":
+            worth = reward(table.accuracy, latency, limit_ms)
+            return max(in_time, key=lambda i: float(worth[i]))
+        return max(in_time, key=lambda i: (float(table.accuracy[i]), -float(latency[i])))
 
     def alone(self, strategy: int, deadline_ms: float) -> tuple[int, float] | None:
         """What to ask for instead of a strategy that stays silent, and when.
@@ -329,11 +353,17 @@ class Adapter:
 
     def decided(self, strategy: int, decision: Decision) -> None:
         """A request was decided: what its messages took tells the bandwidth."""
-        if self._table.sent_bits[strategy] == 0 or decision.bytes_received == 0:
+        bits = float(self._table.sent_bits[strategy])
+        if bits == 0 or decision.bytes_received == 0:
             return
-        sending_ms = decision.latency.wire_ms - self._link_ms
-        size_bytes = decision.bytes_received + MESSAGE_OVERHEAD_BYTES
-        self._observe(8e3 * size_bytes / max(sending_ms, 1e-3))
+        sending_ms = decision.latency.wire_ms
+        if self._returns[strategy]:
+            # The time from the frame's leaving to the tensor's coming.
+            sending_ms -= self._link_ms * float(self._table.messages[strategy])
+        else:
+            # Counted from the request, which has crossed the link as well.
+            bits = 8.0 * wire_bytes(decision.bytes_received)
+        self._observe(1e3 * bits / max(sending_ms, 1e-3))
 
     def silent(self, strategy: int) -> None:
         """A request was not decided in time: the link has carried less than that."""
@@ -354,7 +384,7 @@ class Adapter:
 
     def _observe(self, bits_per_s: float) -> None:
         self._measured_s = self._clock()
-        self._chooser.observe(bits_per_s)
+        self._chooser.observe(min(bits_per_s, self._highest_bits_per_s))
 
 
 def cost_table(adaptation: Adaptation) -> CostTable:

@@ -229,7 +229,7 @@ class Asker:
             instead = None
             if strategy is None and self.adapter is not None:
                 gone = [x for x, said in self._statuses.items() if said is not Status.ONLINE]
-                strategy = self.adapter.pick(gone)
+                strategy = self.adapter.pick(gone, whole_ms)
                 instead = self.adapter.alone(strategy, whole_ms)
             number = self._next_number()
             for name in [name for name, item in self._pending.items() if item.expired]:

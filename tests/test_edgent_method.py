@@ -31,6 +31,7 @@ from agent.protocol.manifest import Manifest, read_manifest
 from agent.protocol.plan import Output
 from exporter import cli, pipeline
 from exporter.data import DataSet, load_data
+from exporter.method_options import method_options
 from exporter.methods.edgent.cover import cover
 from exporter.methods.edgent.method import roles
 from exporter.methods.edgent.options import EdgentOptions
@@ -304,6 +305,10 @@ def test_cover_keeps_to_budgets_and_counts_a_shared_piece_once() -> None:
     assert cover(COSTS, STATES, 1e3, SIZES, {"d": 99, "s": 109}, count=4) == [0, 2]
     shared = [SIZES[0], SIZES[1], {("s", "c"): 50}, {("s", "c"): 50}]
     assert cover(COSTS, STATES, 1e3, shared, {"d": 10, "s": 50}, count=4) == [0, 2, 3]
+    kept = cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 60}, count=1, always=[3])
+    assert kept == [0, 3]
+    with pytest.raises(PlanDoesNotFit, match=r"in any case does not fit: e on s"):
+        cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 50}, count=1, always=[3])
     with pytest.raises(PlanDoesNotFit, match="smallest needs 10 B"):
         cover(COSTS, STATES, 1e3, SIZES, {"d": 5, "s": 100}, count=4)
 
@@ -319,7 +324,7 @@ def test_command_line_says_what_is_asked_of_edgent(tmp_path: Path) -> None:
     line += ["--latency", "120", "--strategies", "5", "--profiles", str(tmp_path / "latency.json")]
     chosen = cli.export.make_context("export", [*line, "--epochs", "3"]).params
 
-    options = cli._method_options("edgent", chosen)
+    options = method_options("edgent", chosen)
 
     assert options.shares == (0.2, 0.5)
     assert (options.limit_ms, options.strategies, options.training.epochs) == (120, 5, 3)

@@ -14,6 +14,17 @@ Reals = NDArray[np.float64]
 
 MESSAGE_OVERHEAD_BYTES = 90
 """What IP, TCP and MQTT with its topic add to a payload that fits one packet."""
+PACKET_OVERHEAD_BYTES = 52
+"""What IP and TCP with its time stamps add to each further packet."""
+SEGMENT_BYTES = 1448
+"""Of a packet of 1500 bytes, without those headers."""
+
+
+def wire_bytes(payload_bytes: int) -> int:
+    """What crosses a link for one MQTT message of a payload."""
+    first = SEGMENT_BYTES + PACKET_OVERHEAD_BYTES - MESSAGE_OVERHEAD_BYTES
+    further = -(-max(0, payload_bytes - first) // SEGMENT_BYTES)
+    return payload_bytes + MESSAGE_OVERHEAD_BYTES + further * PACKET_OVERHEAD_BYTES
 
 
 @dataclass(frozen=True, eq=False)

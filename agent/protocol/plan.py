@@ -234,6 +234,8 @@ class Adaptation(Contract):
         limit_ms: The latency required.
         link_ms: What one message takes however small it is.
         lowest_bits_per_s, highest_bits_per_s: Bandwidths that are told apart lie between them.
+        aim: `reward` weighs accuracy and throughput (Algorithm 2); `accuracy` takes the most
+            accurate strategy that is in time (Algorithm 1).
         costs: Of each strategy, in the plan's order.
     """
 
@@ -241,6 +243,7 @@ class Adaptation(Contract):
     link_ms: Annotated[float, Field(ge=0.0)]
     lowest_bits_per_s: Annotated[float, Field(gt=0.0)]
     highest_bits_per_s: Annotated[float, Field(gt=0.0)]
+    aim: Literal["reward", "accuracy"] = "reward"
     costs: tuple[StrategyCost, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ def cover(
     budgets: Mapping[str, int],
     *,
     count: int,
+    always: Sequence[int] = (),
 ) -> list[int]:
     """Choose ways one by one, each time the one that adds most over the bandwidths.
 
@@ -41,12 +42,13 @@ def cover(
         sizes: Of each way.
         budgets: Bytes by device.
         count: Most ways.
+        always: Positions that are taken first, beside the first.
 
     Returns:
         Positions in the table, ascending.
 
     Raises:
-        PlanDoesNotFit: no way without sending fits its device.
+        PlanDoesNotFit: no way without sending fits its device, or not all of `always` do.
     """
     latencies = table.latency_ms(states)
     rewards = table.rewards(states, limit_ms)
@@ -73,14 +75,20 @@ def cover(
             "attach an earlier exit (--exit-share 0.1), or give the device more memory",
         )
     best = np.full(len(worth), -1.0)
-    while len(chosen) < count:
-        candidates = [
-            i for i in (range(len(table)) if chosen else alone) if i not in chosen and fits(i)
-        ]
+    while len(chosen) < max(count, len(always) + 1):
+        wanted = [i for i in always if i not in chosen]
+        if wanted and not fits(wanted[0]):
+            pieces = ", ".join(f"{piece} on {device}" for device, piece in sizes[wanted[0]])
+            raise PlanDoesNotFit(
+                f"what shall be kept in any case does not fit: {pieces}",
+                "keep fewer strategies, or give the devices more memory",
+            )
+        allowed = range(len(table)) if set(chosen) & set(silent) else alone
+        candidates = wanted[:1] or [i for i in allowed if i not in chosen and fits(i)]
         if not candidates:
             break
         gains = [float(np.maximum(worth[:, i] - best, 0).mean()) for i in candidates]
-        if chosen and max(gains) <= 1e-9:
+        if chosen and not wanted and max(gains) <= 1e-9:
             break
         order = sorted(range(len(candidates)), key=lambda j: (-gains[j], latency[candidates[j]]))
         way = candidates[order[0]]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.protocol.adaptation import MESSAGE_OVERHEAD_BYTES
+from agent.protocol.adaptation import wire_bytes
 from agent.protocol.errors import DataError
 from agent.protocol.fleet import Device, Fleet
 from agent.protocol.manifest import Figure
+from agent.protocol.messages import Decision, Latency, encode_text
 from agent.protocol.plan import (
     FRAME,
     Adaptation,
@@ -124,6 +125,11 @@ class Edgent:
         limit_ms = fleet.deadline_ms if options.limit_ms is None else options.limit_ms
         table = cost_table(found, link.latency_ms)
         states = np.geomspace(options.lowest_bits_per_s, options.highest_bits_per_s, STATES)
+        kept_names = strategy_names(found)
+        if unknown := sorted(set(options.keep) - set(kept_names)):
+            raise DataError(
+                f"no way is called {', '.join(unknown)}", f"there are: {', '.join(kept_names)}"
+            )
         stages = [stages_of(way, found_chains[way.exit - 1], device.id, server.id) for way in found]
         chosen = cover(
             table,
@@ -135,6 +141,7 @@ class Edgent:
             ],
             {device.id: device.memory_bytes, server.id: server.memory_bytes},
             count=options.strategies,
+            always=[i for i, name in enumerate(kept_names) if name in options.keep],
         )
         kept = tuple(stages[i] for i in chosen)
         pieces, shapes = _pieces(branchy, kept, data)
@@ -173,16 +180,16 @@ class Edgent:
         facts: _Facts = design.facts
         held = _accuracies(facts, data.inputs(data.held_out.frames), data.held_out.labels, run)
         tested = _accuracies(facts, data.inputs(data.test.frames), data.test.labels, run)
+        names = strategy_names(facts.ways)
         costs = tuple(
             StrategyCost(
                 compute_ms=way.device_ms + way.server_ms,
-                sent_bytes=_sent_bytes(row, facts.shapes),
+                sent_bytes=_sent_bytes(row, facts.shapes, names, data.classes),
                 messages=_messages(row),
                 accuracy=accuracy,
             )
             for way, row, accuracy in zip(facts.ways, facts.stages, held, strict=True)
         )
-        names = strategy_names(facts.ways)
         plan = Plan(
             method="edgent",
             classes=data.classes,
@@ -195,6 +202,7 @@ class Edgent:
                 link_ms=facts.link_ms,
                 lowest_bits_per_s=options.lowest_bits_per_s,
                 highest_bits_per_s=options.highest_bits_per_s,
+                aim=options.aim,
                 costs=costs,
             ),
         )
@@ -383,10 +391,40 @@ def _accuracies(
     return accuracies
 
 
-def _sent_bytes(row: Sequence[Stage], shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(
-        feature_message_bytes(shapes[stage.piece]) + MESSAGE_OVERHEAD_BYTES for stage in row[:-1]
+def _sent_bytes(
+    row: Sequence[Stage],
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Sequence[str],
+    classes: Sequence[str],
+) -> int:
+    """What crosses between device and server: tensors, and a server's decision on its way back."""
+    sent = sum(wire_bytes(feature_message_bytes(shapes[stage.piece])) for stage in row[:-1])
+    if len(row) == 2:
+        sent += wire_bytes(_decision_bytes(row, max(names, key=len), max(classes, key=len)))
+    return sent
+
+
+def _decision_bytes(row: Sequence[Stage], strategy: str, label: str) -> int:
+    """Payload of a decision of the last stage, numbers as long as they are apt to be."""
+    number = 123.45678901234567
+    decision = Decision(
+        plan="0" * 8,
+        request="0" * 16,
+        boot="0" * 8,
+        label=label,
+        best_guess=label,
+        entropy=number / 1e3,
+        tier=len(row) - 1,
+        strategy=strategy,
+        entropies={},
+        contributors=(f"{row[0].device}-0",),
+        missing=(),
+        bytes_received=9999,
+        latency=Latency(
+            total_ms=number, queue_ms=0.1, inference_ms=1.234, wire_ms=number, fusion_ms=number
+        ),
     )
+    return len(encode_text(decision))
 
 
 def _messages(row: Sequence[Stage]) -> int:

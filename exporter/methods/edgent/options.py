@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from agent.protocol.errors import DataError
 from exporter.methods.edgent.profile import LatencyProfiles
@@ -23,6 +24,9 @@ class EdgentOptions:
         limit_ms: The latency required; None: the fleet's deadline.
         lowest_bits_per_s, highest_bits_per_s: Bandwidths that strategies are chosen for.
         strategies: At most so many are exported.
+        keep: Names of strategies that are exported in any case, such as `e5-device`.
+        aim: What a strategy is picked for: `reward` weighs accuracy and throughput, `accuracy`
+            takes the most accurate one that is in time.
         directions: Who may run the front.
         profiles: Latencies of kinds of devices; None: the paper's coefficients, for demonstration.
         cache: Where trainings are kept; None: nowhere.
@@ -37,6 +41,8 @@ class EdgentOptions:
     lowest_bits_per_s: float = 50e3
     highest_bits_per_s: float = 50e6
     strategies: int = 8
+    keep: tuple[str, ...] = ()
+    aim: Literal["reward", "accuracy"] = "reward"
     directions: tuple[Direction, ...] = (Direction.SERVER_FIRST, Direction.DEVICE_FIRST)
     profiles: LatencyProfiles | None = None
     cache: Path | None = None

@@ -26,13 +26,14 @@ TERMS: dict[str, tuple[str, ...]] = {
     "fc": ("parameters", "input_size"),
 }
 """What a kind of layer is fitted on; other kinds on the sizes of input and output."""
+STANDS_IN = {"mean": "pool"}
+"""By what a kind of layer is predicted that a profile does not have."""
 PAPER_TERMS: dict[str, tuple[str, ...]] = {
     "conv": ("input_maps", "kernel_work"),
     "relu": ("input_size",),
     "norm": ("input_size",),
     "dropout": ("input_size",),
     "pool": ("input_size", "output_size"),
-    "mean": ("input_size", "output_size"),
     "fc": ("input_size", "output_size"),
 }
 """What Edgent fits: it sees neither a convolution's image size nor its multiplications."""
@@ -116,6 +117,9 @@ class LatencyProfile(Contract):
             UnsupportedLayer: kinds of layers that the profile does not know, all of them at once.
         """
         models = {model.kind: model for model in self.layers}
+        models = {
+            kind: models[other] for kind, other in STANDS_IN.items() if other in models
+        } | models
         timed = [i for i, work in enumerate(works) if not (self.fused and work.free)]
         if unknown := sorted({works[i].kind for i in timed} - set(models)):
             raise UnsupportedLayer(
@@ -345,7 +349,6 @@ DEMONSTRATION = LatencyProfiles(
                 "conv": ((6.03e-5, 1.24e-4), 0.189),
                 "relu": ((5.6e-6,), 0.0569),
                 "pool": ((1.63e-5, 4.07e-6), 0.211),
-                "mean": ((1.63e-5, 4.07e-6), 0.211),
                 "norm": ((6.59e-5,), 0.078),
                 "dropout": ((5.23e-6,), 4.64e-3),
                 "fc": ((1.07e-4, -1.83e-4), 0.164),
@@ -357,7 +360,6 @@ DEMONSTRATION = LatencyProfiles(
                 "conv": ((6.13e-3, 2.67e-2), -9.909),
                 "relu": ((1.5e-5,), 0.488),
                 "pool": ((1.33e-4, 3.31e-5), 1.657),
-                "mean": ((1.33e-4, 3.31e-5), 1.657),
                 "norm": ((5.19e-4,), 0.589),
                 "dropout": ((2.34e-6,), 0.0525),
                 "fc": ((9.18e-4, 3.99e-3), 1.169),
