@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from exporter.method_options import MethodCommand, method_inputs, method_options
+from exporter.method_options import (
+    AUTO,
+    MethodCommand,
+    fixed_settings,
+    method_inputs,
+    method_options,
+)
+from exporter.terminal import print_table
 
 if TYPE_CHECKING:
     from exporter.methods.face import Progress
@@ -20,11 +27,81 @@ TARGET_NAMES = ("tflm", "c", "arduino", "esp-idf", "zephyr")
 
 
 @click.command(cls=MethodCommand)
-@method_inputs
+@method_inputs(AUTO)
+@click.option(
+    "--what-if",
+    "edits",
+    multiple=True,
+    metavar="CHANGE",
+    help="Answer for another fleet from the last search, training nothing: 'add 2 pi-4', "
+    "'remove ID', 'link 1 Mbit/s'; repeat for more.",
+)
+@click.option(
+    "--from",
+    "bundle",
+    type=click.Path(path_type=Path),
+    help="A bundle made for an earlier fleet: says what of it --fleet can still use, and what "
+    "must be redone.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="With --from: write the bundle that is left once pieces are moved.",
+)
+@click.option(
+    "--report",
+    "page",
+    default="report.html",
+    show_default=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where --method auto draws its page.",
+)
 def plan(
-    model: Path | None, data: str, fleet: Path, method: str, as_json: bool, **chosen: Any
+    model: Path | None,
+    data: str | None,
+    fleet: Path,
+    method: str,
+    edits: tuple[str, ...],
+    bundle: Path | None,
+    out: Path | None,
+    page: Path,
+    as_json: bool,
+    **chosen: Any,
 ) -> None:
-    """Show who would get which piece, and what it costs, without writing anything."""
+    """Compare all methods on a fleet and say which plan to take; or what one method would make.
+
+    Nothing is written but the page and the cache; `shoal export --method auto` writes the bundle.
+    """
+    from exporter.planner.command import answer_what_if, plan_all, replan_bundle
+
+    if edits:
+        answer_what_if(edits, chosen["cache"], as_json=as_json)
+        return
+    if bundle is not None:
+        replan_bundle(bundle, fleet, out, as_json=as_json)
+        return
+    if out is not None:
+        raise click.UsageError("-o goes with --from; `shoal export` writes bundles")
+    if data is None:
+        raise click.UsageError("Missing option '--data'.")
+    if method == AUTO:
+        with _progress() as progress:
+            plan_all(model, data, fleet, chosen, fixed_settings(), page, progress, as_json=as_json)
+        return
+    _plan_one(model, data, fleet, method, chosen, as_json=as_json)
+
+
+def _plan_one(
+    model: Path | None,
+    data: str,
+    fleet: Path,
+    method: str,
+    chosen: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Show who would get which piece of one method's plan, and what it costs."""
     from agent.protocol.units import format_bytes
     from exporter import pipeline
 
@@ -59,7 +136,7 @@ def plan(
     if as_json:
         click.echo(json.dumps({"method": method, "pieces": rows}))
         return
-    _print_table(
+    print_table(
         ("device", "kind", "piece", "classes", "parameters", "MACs", "file", "tensors"),
         [
             (
@@ -86,7 +163,7 @@ def _targets(context: click.Context, option: click.Parameter, text: str) -> tupl
 
 
 @click.command(cls=MethodCommand)
-@method_inputs
+@method_inputs("snn")
 @click.option(
     "-o",
     "--out",
@@ -112,7 +189,7 @@ def _targets(context: click.Context, option: click.Parameter, text: str) -> tupl
 )
 def export(
     model: Path | None,
-    data: str,
+    data: str | None,
     fleet: Path,
     method: str,
     out: Path,
@@ -131,19 +208,39 @@ def export(
     from exporter import pipeline
     from exporter.report import budget_uses, percent_of_budget
 
+    if data is None:
+        raise click.UsageError("Missing option '--data'.")
+    dtype: Literal["int8", "float32"] = "float32" if as_float else "int8"
     with _progress() as progress:
-        manifest = pipeline.export(
-            model,
-            data,
-            fleet,
-            out,
-            method=method,
-            options=method_options(method, chosen),
-            dtype="float32" if as_float else "int8",
-            allow_drift=allow_drift,
-            targets=targets,
-            progress=progress,
-        )
+        if method == AUTO:
+            from exporter.planner.command import export_best
+
+            manifest, sentence = export_best(
+                model,
+                data,
+                fleet,
+                out,
+                chosen,
+                fixed_settings(),
+                progress,
+                dtype=dtype,
+                allow_drift=allow_drift,
+                targets=targets,
+            )
+            print(sentence, file=sys.stderr)
+        else:
+            manifest = pipeline.export(
+                model,
+                data,
+                fleet,
+                out,
+                method=method,
+                options=method_options(method, chosen),
+                dtype=dtype,
+                allow_drift=allow_drift,
+                targets=targets,
+                progress=progress,
+            )
     if as_json:
         click.echo(json.dumps(manifest.model_dump(mode="json")))
         return
@@ -171,12 +268,12 @@ def export(
             used = format_bytes(use.own + use.shared)
             total, share = format_bytes(use.budget), percent_of_budget(use.share)
             uses.append((node.device, use.what, used, total, share))
-    _print_table(
+    print_table(
         ("device", "piece", "classes or fusion", "parameters", "file", "arena"),
         rows,
         f"Plan {manifest.plan_id}: sizes and arenas measured",
     )
-    _print_table(
+    print_table(
         ("device", "budget", "used", "of", "share"),
         uses,
         "Budgets: files and arenas measured, the rest estimated",
@@ -201,7 +298,7 @@ def report(bundle: Path, as_json: bool) -> None:
         figures = {name: figure.model_dump() for name, figure in manifest.figures.items()}
         click.echo(json.dumps({"report": str(page), "figures": figures}))
         return
-    _print_table(
+    print_table(
         ("figure", "value", "unit", "origin", "note"),
         [
             (name, f"{figure.value:,.6g}", figure.unit, figure.origin, figure.note)
@@ -337,7 +434,7 @@ def cost_bundle(bundle: Path, named: tuple[str, ...], trigger: bool, as_json: bo
             )
             for name, device in found.devices.items()
         ]
-        _print_table(
+        print_table(
             ("device", "busy ms", "weights and tensors", "sends"),
             rows,
             f"Decided at tier {tier}: {found.latency_s * 1e3:.2f} ms, "
@@ -396,7 +493,7 @@ def lcp(
         )
         for row in told["layers"]
     ]
-    _print_table(
+    print_table(
         ("layer", "what", "output", "parameters", "MACs"),
         rows,
         f"{model}, {split} branches: {found.params:,} parameters, {found.macs:,} MACs",
@@ -430,23 +527,3 @@ def _progress() -> Iterator[Progress]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield draw
-
-
-_NUMBERS = {"parameters", "MACs", "tensors", "file", "arena", "used", "of", "share"}
-"""Columns that are aligned to the right."""
-
-
-def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for name in head:
-        numeric = name in _NUMBERS
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    terminal = Console()
-    console = Console(width=terminal.width if terminal.is_terminal else 160)
-    console.print(title, style="italic", highlight=False, markup=False)
-    console.print(table)

@@ -15,7 +15,18 @@ from click.core import ParameterSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-METHOD_NAMES = ("snn", "ddnn", "lcp", "nonn", "layerwise", "edgent")
+METHOD_NAMES = ("snn", "ddnn", "lcp", "nonn", "layerwise", "edgent", "single")
+AUTO = "auto"
+"""In place of a method: all of them, and the best is taken."""
+
+
+_FIXED = "exporter.method_options.fixed"
+
+
+def fixed_settings() -> dict[str, dict[str, Any]]:
+    """By method, the options that the running command was given and that it reads."""
+    found: dict[str, dict[str, Any]] = click.get_current_context().meta[_FIXED]
+    return found
 
 
 class MethodOption(click.Option):
@@ -36,13 +47,27 @@ class MethodCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run. Raises click.UsageError naming every option given that the method does not read."""
         method = ctx.params["method"]
-        wrong = [
-            f"{option.opts[0]} belongs to {', '.join(option.methods)}"
+        given = [
+            option
             for option in self.params
             if isinstance(option, MethodOption)
-            and method not in option.methods
             and option.name is not None
             and ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+        ]
+        # With auto, an option holds for every method that reads it.
+        ctx.meta[_FIXED] = {
+            each: {
+                option.name: ctx.params[option.name]
+                for option in given
+                if option.name
+                if each in option.methods and option.name != "workers"
+            }
+            for each in METHOD_NAMES
+        }
+        wrong = [
+            f"{option.opts[0]} belongs to {', '.join(option.methods)}"
+            for option in given
+            if method not in (AUTO, *option.methods)
         ]
         if wrong:
             raise click.UsageError(f"--method {method} does not read: {'; '.join(wrong)}", ctx)
@@ -75,14 +100,24 @@ _DATA_HELP = (
 )
 
 
-def method_inputs(command: F) -> F:
-    """The arguments and options that planning and exporting share."""
+def method_inputs(default: str) -> Callable[[F], F]:
+    """The arguments and options that planning and exporting share; `default`: the method."""
+
+    def decorated(command: F) -> F:
+        for option in reversed(_options(default)):
+            command = option(command)
+        return command
+
+    return decorated
+
+
+def _options(default: str) -> list[Callable[[F], F]]:
     fusions = click.Choice(["max", "mean", "concat"])
-    options = [
+    return [
         click.argument(
             "model", required=False, type=click.Path(path_type=Path), metavar="[MODEL.keras]"
         ),
-        click.option("--data", required=True, metavar="NPZ|FOLDER|NAME", help=_DATA_HELP),
+        click.option("--data", metavar="NPZ|FOLDER|NAME", help=_DATA_HELP),
         click.option(
             "--fleet",
             default="fleet.yaml",
@@ -90,7 +125,13 @@ def method_inputs(command: F) -> F:
             type=click.Path(path_type=Path),
             help="The fleet file.",
         ),
-        click.option("--method", default="snn", show_default=True, type=click.Choice(METHOD_NAMES)),
+        click.option(
+            "--method",
+            default=default,
+            show_default=True,
+            type=click.Choice((*METHOD_NAMES, AUTO)),
+            help="auto: all that suit, and the best is taken.",
+        ),
         click.option(
             "--cache",
             default=".cache/shoal",
@@ -169,7 +210,7 @@ def method_inputs(command: F) -> F:
             help="Partitions of the classes that are pruned and evaluated for real.",
         ),
         _of(
-            "snn",
+            f"snn {AUTO}",
             "--workers",
             default=0,
             type=click.IntRange(0),
@@ -428,10 +469,63 @@ def method_inputs(command: F) -> F:
             help="Measured latencies of layers by kind of device, JSON; without them the "
             "paper's coefficients (a Pi 3 and a PC, Chainer) stand in.",
         ),
+        _of(
+            "single",
+            "--device",
+            metavar="ID",
+            help="Who runs the network; by default the fastest of those that it fits.",
+        ),
+        _of(
+            AUTO,
+            "--goal",
+            default="latency",
+            show_default=True,
+            type=click.Choice(["latency", "bytes", "energy", "memory"]),
+            help="What the chosen plan has least of.",
+        ),
+        _of(
+            AUTO,
+            "--max-loss",
+            default=1.0,
+            show_default=True,
+            metavar="POINTS",
+            type=click.FloatRange(0, 100),
+            help="Accuracy that the chosen plan may have less than the model.",
+        ),
+        _of(
+            AUTO,
+            "--max-loss-one-lost",
+            metavar="POINTS",
+            type=click.FloatRange(0, 100),
+            help="The same with any one of its devices lost; by default that does not count.",
+        ),
+        _of(
+            AUTO,
+            "--minutes",
+            default=20.0,
+            show_default=True,
+            type=click.FloatRange(0),
+            help="Nothing new is trained after so long; what is trained is kept.",
+        ),
+        _of(
+            AUTO,
+            "--all",
+            "everything",
+            is_flag=True,
+            help="Also train plans that cannot be chosen any more, as far as the minutes reach.",
+        ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+
+def default_choices() -> dict[str, Any]:
+    """The parsed options of a command that was given none, by parameter name."""
+
+    @click.command()
+    @method_inputs(AUTO)
+    def command(**_: Any) -> None:
+        """Hold the options."""
+
+    return dict(command.make_context("defaults", []).params)
 
 
 def method_options(method: str, chosen: dict[str, Any]) -> Any:
@@ -443,8 +537,15 @@ def method_options(method: str, chosen: dict[str, Any]) -> Any:
         "nonn": _nonn_options,
         "layerwise": _layerwise_options,
         "edgent": _edgent_options,
+        "single": _single_options,
     }
     return options[method](chosen)
+
+
+def _single_options(chosen: dict[str, Any]) -> Any:
+    from exporter.methods.single.options import SingleOptions
+
+    return SingleOptions(device=chosen["device"])
 
 
 def _ddnn_options(chosen: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,7 +27,7 @@ from exporter.cost import (
     refuse,
     score_message_bytes,
 )
-from exporter.data import DataSet, load_data
+from exporter.data import DataSet, Split, load_data
 from exporter.graph import layer_graph
 from exporter.methods.ddnn.method import DDNNMethod
 from exporter.methods.edgent.method import Edgent
@@ -36,12 +36,14 @@ from exporter.methods.face import (
     Method,
     Progress,
     RunPiece,
+    Settled,
     TrainedPiece,
     WrittenPiece,
 )
 from exporter.methods.layerwise.method import Layerwise
 from exporter.methods.lcp.method import LCP
 from exporter.methods.nonn.method import NoNN
+from exporter.methods.single.method import Single
 from exporter.methods.snn.method import SNN
 from exporter.quantize import (
     MINIMUM_SAMPLES,
@@ -65,9 +67,12 @@ METHODS: Mapping[str, Method] = {
     "nonn": NoNN(),
     "layerwise": Layerwise(),
     "edgent": Edgent(),
+    "single": Single(),
 }
 OWN_NETWORK = frozenset({"ddnn"})
 """Methods that train a network of their own: they take no model."""
+AUTO = "auto"
+"""In place of a method, where all of them are tried: the model may be missing."""
 
 SEVERAL_EXITS = frozenset({"edgent"})
 """Methods that take a model with several outputs, each an exit."""
@@ -119,6 +124,51 @@ def export(
     check_target(out)
     base, data, fleet = load(model_path, data_source, fleet_path, method)
     fleet_text = Path(fleet_path).read_text(encoding="utf-8")
+    made = make(
+        base,
+        data,
+        fleet,
+        method=method,
+        options=options,
+        dtype=dtype,
+        allow_drift=allow_drift,
+        progress=progress,
+    )
+    with fresh_folder(out) as folder:
+        return write(folder, made, base, data, fleet, fleet_text, dtype=dtype, targets=targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A method's plan and its pieces, ready to be written.
+
+    Attributes:
+        pieces: Quantized and verified, all that the plan runs.
+    """
+
+    design: Design
+    settled: Settled
+    pieces: tuple[ExportedPiece, ...]
+
+
+def make(
+    base: Any,
+    data: DataSet,
+    fleet: Fleet,
+    *,
+    method: str,
+    options: Any,
+    dtype: Literal["int8", "float32"] = "int8",
+    allow_drift: bool = False,
+    progress: Progress,
+) -> Made:
+    """Design, quantize, verify and settle: all of an export but writing it.
+
+    Inputs are as `load` returns them, options as `export` takes them.
+
+    Raises:
+        ShoalError: as `export`.
+    """
     design = METHODS[method].design(base, data, fleet, options, progress)
     refuse(check_budgets(_costs(design.pieces, Numbers(dtype)), fleet))
     exported = quantize(design.pieces, data, fleet, dtype, progress, allow_drift=allow_drift)
@@ -132,19 +182,79 @@ def export(
     ]
     exported += quantize(settled.pieces, data, fleet, dtype, progress, allow_drift=allow_drift)
     refuse(check_budgets(_by_device(exported), fleet))
+    return Made(design, settled, tuple(exported))
+
+
+def settled_again(
+    made: Made, data: DataSet, fleet: Fleet, split: Split, *, method: str, options: Any
+) -> Settled:
+    """What the method says of its pieces when other samples tell all accuracies.
+
+    `split` stands in for the test data, and for held-out data that nothing is fitted on any more;
+    all else is as `make` was given it.
+    """
+    own = {piece.name for piece in made.design.pieces}
+    pieces = [piece for piece in made.pieces if piece.name in own]
+    seen = replace(data, test=split, held_out=split)
+    return METHODS[method].settle(made.design, seen, fleet, options, runner(pieces))
+
+
+def float_accuracy(
+    base: Any, data: DataSet, fleet: Fleet, split: Split, *, method: str, options: Any
+) -> float:
+    """Accuracy of a method's pieces on some samples before they are quantized.
+
+    `split` stands in for the test data; of a plan with several strategies the best counts.
+
+    Raises:
+        ShoalError: as `export`.
+    """
+    design = METHODS[method].design(base, data, fleet, options, lambda *_: None)
+    refuse(check_budgets(_costs(design.pieces, Numbers.INT8), fleet))
+    pieces = {piece.name: piece for piece in design.pieces}
+
+    def run(
+        piece: str, inputs: NDArray[np.float32], output: str | None = None
+    ) -> NDArray[np.float32]:
+        own = pieces[piece]
+        if isinstance(own, WrittenPiece):
+            return real_outputs(own.tflite, inputs, "litert", output or own.output)
+        return np.asarray(own.model.predict(inputs, batch_size=256, verbose=0), np.float32)
+
+    seen = replace(data, test=split, held_out=split)
+    settled = METHODS[method].settle(design, seen, fleet, options, run)
+    return settled.figures["accuracy_fleet"].value
+
+
+def write(
+    folder: Path,
+    made: Made,
+    base: Any,
+    data: DataSet,
+    fleet: Fleet,
+    fleet_text: str,
+    *,
+    dtype: Literal["int8", "float32"],
+    targets: Sequence[str] = (TFLM,),
+) -> Manifest:
+    """Write a bundle into an empty folder, the undivided model's figures beside the plan's.
+
+    Raises:
+        UnsupportedLayer: a piece cannot be written as C.
+    """
+    design, settled = made.design, made.settled
     base_figures = {} if base is None else measure_base(_last_exit(base), data, dtype)
-    with fresh_folder(out) as folder:
-        return write_bundle(
-            folder,
-            fleet=fleet,
-            fleet_text=fleet_text,
-            plan=settled.plan,
-            frame=design.frame or data.frame,
-            pieces=exported,
-            figures={**base_figures, **design.figures, **settled.figures},
-            report={**design.report, **settled.report},
-            targets=targets,
-        )
+    return write_bundle(
+        folder,
+        fleet=fleet,
+        fleet_text=fleet_text,
+        plan=settled.plan,
+        frame=design.frame or data.frame,
+        pieces=made.pieces,
+        figures={**base_figures, **design.figures, **settled.figures},
+        report={**design.report, **settled.report},
+        targets=targets,
+    )
 
 
 def plan(
@@ -196,7 +306,11 @@ def load(
     try:
         data = load_data(data_source, image_shape=image_shape)
         _check_enough(data)
-        if data.views is not None and method not in OWN_NETWORK:
+        if (
+            data.views is not None
+            and method not in OWN_NETWORK
+            and not (method == AUTO and model_path is None)
+        ):
             raise DataError(
                 f"{data_source}: holds {data.views} views of each sample, {method} takes one",
                 "use --method ddnn, or give one view",
@@ -217,6 +331,8 @@ def _model_of(method: str, path: Path | None) -> Any:
     Raises:
         DataError: a model is missing, or is there and would not be used; or as `load_model`.
     """
+    if method == AUTO and path is None:
+        return None
     if method in OWN_NETWORK:
         if path is not None:
             raise DataError(

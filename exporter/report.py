@@ -80,7 +80,7 @@ def write_report(folder: Path, manifest: Manifest, fleet: Fleet, report: Mapping
         f"{len(manifest.plan.classes)} classes on {len(fleet.devices)} devices, written by shoal "
         f"{escape(manifest.shoal)}</p>",
         f'<div class="key">{"".join(_card(*item) for item in shares.items())}</div>',
-        _table(
+        html_table(
             ("figure", "value", "origin", "note"),
             [
                 (_words(name), f"{x.value:,.6g} {x.unit}", x.origin, x.note)
@@ -97,7 +97,7 @@ def write_report(folder: Path, manifest: Manifest, fleet: Fleet, report: Mapping
         "<h2>Verification</h2>",
         "<p>Each piece on its device's runtime against LiteRT's reference kernels, in steps of "
         "its output.</p>",
-        _table(
+        html_table(
             (
                 "piece",
                 "runtime",
@@ -110,17 +110,22 @@ def write_report(folder: Path, manifest: Manifest, fleet: Fleet, report: Mapping
             [row for entry in manifest.pieces for row in _check_rows(entry)],
         ),
     ]
-    page = (
+    page = html_page(f"Shoal: fleet {fleet.fleet}", "".join(body))
+    target = folder / REPORT_PAGE
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def html_page(title: str, body: str) -> str:
+    """A self-contained page in the style of all reports; `body` is HTML."""
+    return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\"/>"
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f"<title>Shoal: fleet {escape(fleet.fleet)}</title><style>{_STYLE}</style></head>\n"
-        f"<body>{''.join(body)}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body>{body}</body></html>\n"
     )
-    target = folder / REPORT_PAGE
-    target.write_text(page, encoding="utf-8")
-    return target
 
 
 def rewrite_report(bundle: Path) -> Path:
@@ -172,7 +177,8 @@ def _device_row(device: Device, manifest: Manifest) -> str:
             f"<td>{_budgets(device, entry)}</td>"
         )
     name = f"<td>{escape(device.id)}<br/><small>{device.kind.value}</small></td>"
-    idle = "<td>none, it fuses</td>" + "<td></td>" * 4
+    fuses = any(x.device == device.id for way in manifest.plan.strategies for x in way.nodes)
+    idle = f"<td>none, {'it fuses' if fuses else 'it is not needed'}</td>" + "<td></td>" * 4
     return "".join(f"<tr>{name}{cell}</tr>" for cell in cells or [idle])
 
 
@@ -257,7 +263,7 @@ def _section(section: Mapping[str, Any]) -> str:
     if "network" in section:
         parts.append(draw_network(section["network"]))
     if "rows" in section:
-        parts.append(_table(section["head"], section["rows"]))
+        parts.append(html_table(section["head"], section["rows"]))
     if section.get("histograms"):
         plots = section["histograms"]
         parts.append(_legend([str(series["label"]) for series in plots[0]["series"]]))
@@ -267,7 +273,7 @@ def _section(section: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table; columns of numbers with units are set to the right."""
     texts = [[str(cell) for cell in row] for row in rows]
     numeric = [

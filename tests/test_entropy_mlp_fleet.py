@@ -105,7 +105,7 @@ def test_network_for_one_device_is_refused_before_the_search(tmp_path):
     (tmp_path / "fleet.yaml").write_text("\n".join(kept) + "\n")
     arguments = [str(tmp_path / "fleet.yaml") if x.endswith("fleet.yaml") else x for x in inputs()]
 
-    said = shoal("plan", *arguments, "--fusion", "entropy_mlp")
+    said = shoal("plan", "--method", "snn", *arguments, "--fusion", "entropy_mlp")
 
     assert said.exit_code == 2
     assert "a network for 1 SNNs needs at least 2 SNNs" in said.stderr

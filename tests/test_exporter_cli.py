@@ -234,7 +234,7 @@ def test_plan_shows_every_piece_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in home().rglob("*")}
 
-    said = shoal("plan", *inputs())
+    said = shoal("plan", "--method", "snn", *inputs())
 
     assert said.exit_code == 0, said.output
     for name in ("pi-door", "mcu-east", "pi-shelf"):
@@ -246,7 +246,7 @@ def test_plan_shows_every_piece_and_writes_nothing(tmp_path, monkeypatch):
 def test_plan_as_json_agrees_with_the_bundle_that_export_makes():
     manifest = read_manifest(exported()[0])
 
-    said = shoal("plan", *inputs(), "--json")
+    said = shoal("plan", "--method", "snn", *inputs(), "--json")
 
     planned = json.loads(said.stdout)
     assert planned["method"] == "snn"

@@ -96,7 +96,7 @@ def test_accuracy_that_the_manifest_states_is_what_the_fleet_reaches(bundle, run
 
 
 def test_mean_of_networks_without_foreign_rows_is_refused_before_the_search():
-    said = shoal("plan", *inputs(), "--fusion", "mean", "--outcomes", "own")
+    said = shoal("plan", "--method", "snn", *inputs(), "--fusion", "mean", "--outcomes", "own")
 
     assert said.exit_code == 2
     assert "the fusion mean needs rows for all classes" in said.stderr

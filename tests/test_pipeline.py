@@ -228,7 +228,7 @@ def test_failed_export_leaves_the_earlier_bundle_as_it_was(tmp_path, drift):
 def test_device_with_a_small_budget_gets_fewer_classes(tmp_path):
     fleet = fleet_file(tmp_path, "mcu-east, kind: mcu", "mcu-east, kind: mcu, flash: 118 kB")
 
-    said = shoal("plan", *with_fleet(fleet), "--json")
+    said = shoal("plan", "--method", "snn", *with_fleet(fleet), "--json")
 
     assert said.exit_code == 0, said.output
     counts = {p["device"]: len(p["about"].split(", ")) for p in json.loads(said.stdout)["pieces"]}

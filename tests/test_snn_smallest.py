@@ -43,7 +43,7 @@ def test_device_too_small_for_any_piece_is_refused_before_the_search(
         ("pi-shelf, kind: pi-zero-2", "pi-shelf, kind: pi-zero-2, memory: 150 B"),
     )
 
-    said = shoal(command, *arguments)
+    said = shoal(command, "--method", "snn", *arguments)
 
     assert said.exit_code == 3
     ram = next(line for line in said.stderr.splitlines() if "mcu-east: " in line)

@@ -136,7 +136,15 @@ def bottleneck_resnet(
     return graph_of(net)
 
 
-def wide_resnet(depth: int, widths: Sequence[int], outputs: int, *, image: int = 32) -> LayerGraph:
+def wide_resnet(
+    depth: int,
+    widths: Sequence[int],
+    outputs: int,
+    *,
+    image: int = 32,
+    channels: int = 3,
+    stem: int = 16,
+) -> LayerGraph:
     """Wide residual network (Zagoruyko & Komodakis 2016) for small images, as far as work goes.
 
     Its batch norms stand before the convolutions and do not fold; they are left out here.
@@ -145,10 +153,12 @@ def wide_resnet(depth: int, widths: Sequence[int], outputs: int, *, image: int =
         depth: 6 n + 4.
         widths: Of the three groups.
         outputs: Of the last layer: classes, or features of a student.
-        image: Height and width of the RGB image.
+        image: Height and width of the image.
+        channels: Of the image.
+        stem: Channels of the first convolution.
     """
-    net = Layout(f"wrn{depth}", (image, image, 3))
-    x = net.conv("conv1", net.frame, 16, 3, relu=False)
+    net = Layout(f"wrn{depth}", (image, image, channels))
+    x = net.conv("conv1", net.frame, stem, 3, relu=False)
     for group, width in enumerate(widths, 1):
         for block in range(1, (depth - 4) // 6 + 1):
             name = f"group{group}_{block}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from agent.protocol.fleet import Fleet
 from agent.protocol.manifest import Figure
-from agent.protocol.plan import FRAME, Exit, Node, Output, Piece, Plan, Strategy
+from agent.protocol.plan import FRAME, Exit, Fusion, Node, Output, Piece, Plan, Strategy
 from exporter.data import DataSet
 
 from ..face import RunPiece, Settled
@@ -60,11 +60,19 @@ _PAIRS_UP_TO = 6
 
 def plan(network: BranchNetwork, method: str, data: DataSet, fleet: Fleet) -> Plan:
     """One node a branch, which sends features, and one that merges them and decides."""
+    branches = {branch.name: branch.device for branch in network.branches}
+    return branch_plan(branches, network.merge, method, data.classes, fleet)
+
+
+def branch_plan(
+    branches: Mapping[str, str], merge: Fusion, method: str, classes: Sequence[str], fleet: Fleet
+) -> Plan:
+    """The plan of branches (name -> device) whose features are merged on the aggregator."""
     aggregator = fleet.device(fleet.aggregator)
-    names = tuple(branch.name for branch in network.branches)
+    names = tuple(branches)
     pieces = [Piece(name=name, inputs=(FRAME,), outputs=(Output.FEATURES,)) for name in names]
     pieces.append(Piece(name=HEAD, inputs=names, outputs=(Output.SCORES,)))
-    devices = tuple(branch.device for branch in network.branches)
+    devices = tuple(branches.values())
     nodes = [
         Node(name=device, device=device, tier=fleet.device(device).tier, piece=name)
         for device, name in zip(devices, names, strict=True)
@@ -76,14 +84,14 @@ def plan(network: BranchNetwork, method: str, data: DataSet, fleet: Fleet) -> Pl
             tier=aggregator.tier,
             piece=HEAD,
             listens_to=devices,
-            fusion=network.merge,
+            fusion=merge,
             takes="features",
         )
     )
     strategy = Strategy(
         name=method, nodes=tuple(nodes), exits=(Exit(tier=aggregator.tier, threshold=1.0),)
     )
-    return Plan(method=method, classes=data.classes, pieces=tuple(pieces), strategies=(strategy,))
+    return Plan(method=method, classes=tuple(classes), pieces=tuple(pieces), strategies=(strategy,))
 
 
 Lost = dict[tuple[int, ...], float]

@@ -61,7 +61,6 @@ class _Facts:
     names: PieceNames
     architecture: Architecture
     validation: Views
-    test: Views
     unseen_guess: int
 
 
@@ -110,7 +109,6 @@ class DDNNMethod:
                 names,
                 architecture,
                 validation,
-                views_of(data, data.test, roles),
                 likeliest(training.labels),
             ),
             frame=FrameSpec(
@@ -139,7 +137,8 @@ class DDNNMethod:
         given = options.exits.thresholds
         operations = sweep(validation, held.labels, costs.device_bytes, costs.wire_ms, given=given)
         chosen = choose(operations, options.exits)
-        said = exported.listen(facts.test.frames, facts.test.present)
+        tested = views_of(data, data.test, roles)
+        said = exported.listen(tested.frames, tested.present)
         test = exported.exits(said)
         plan = Plan(
             method="ddnn",
@@ -157,10 +156,10 @@ class DDNNMethod:
         return Settled(
             plan=plan,
             pieces=(),
-            figures=figures(test, facts.test.labels, chosen, costs, without, roles),
+            figures=figures(test, tested.labels, chosen, costs, without, roles),
             report={
                 "sections": sections(
-                    test, facts.test.labels, operations, chosen, costs, without, roles
+                    test, tested.labels, operations, chosen, costs, without, roles
                 )
             },
         )

@@ -14,7 +14,7 @@ from agent.protocol.errors import PlanDoesNotFit
 from agent.protocol.fleet import Device, Fleet, Kind
 from exporter.cost import BUDGET_RULES, PieceCost
 
-from .split import BranchSpec, Splitter
+from .split import BranchSpec, Widths
 
 MACS_PER_S: Mapping[Kind, float] = {
     Kind.MCU: 40e6,
@@ -45,7 +45,7 @@ class Fit:
 
 
 def procedure_1(
-    splitter: Splitter,
+    splitter: Widths,
     fleet: Fleet,
     *,
     factor: float = 2.0,

@@ -34,7 +34,7 @@ from .capacity import Fit, procedure_1, unfit
 from .communication import Traffic, lcp_traffic, model_parallel_traffic
 from .fixed_point import fixed_point_logits
 from .options import LcpOptions
-from .split import Splitter
+from .split import Splitter, Widths
 
 if TYPE_CHECKING:
     import keras
@@ -165,7 +165,7 @@ def fattenings(options: LcpOptions) -> list[float]:
     return [round(i * options.step, 6) for i in range(count + 1)]
 
 
-def keeps_of(splitter: Splitter, fit: Fit, fatten: float) -> list[Keep]:
+def keeps_of(splitter: Widths, fit: Fit, fatten: float) -> list[Keep]:
     """Which units each branch has."""
     count = len(fit.specs)
     return [splitter.keep(spec.fattened(fatten), i, count) for i, spec in enumerate(fit.specs)]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from agent.protocol.errors import DataError, UnsupportedLayer
 from agent.protocol.plan import Fusion
-from exporter.channels import Ids, Keep, UnitGroup, kept_graph
+from exporter.channels import ChannelMap, Ids, Keep, UnitGroup, kept_graph
 from exporter.cost import Numbers, PieceCost, piece_cost
 from exporter.graph import Flow, LayerGraph
 from exporter.surgery import channels_of, remove_channels, without_softmax
@@ -46,29 +46,31 @@ class BranchSpec:
         return BranchSpec(min(1.0, self.share * (1 + by)), min(1.0, self.features * (1 + by)))
 
 
-class Splitter:
-    """Cuts one network.
+class Widths:
+    """How wide branches of one network are, and what they cost, from its graph alone.
 
     Attributes:
-        base: The network, logits out.
         merge: What suits it: `sum` where a hidden dense layer gives the features, else `concat`.
         features: Elements of the features that its last layer reads.
         classes: Rows of its last layer.
     """
 
     def __init__(
-        self, base: keras.Model, *, rounding: Rounding = "round", minimum_width: int = 1
+        self, channels: ChannelMap, *, rounding: Rounding = "round", minimum_width: int = 1
     ) -> None:
         """Find the last dense layer and what can be narrowed.
 
+        Args:
+            channels: Of the network, logits out.
+            rounding: Of narrow widths.
+            minimum_width: Least filters or units of a layer.
+
         Raises:
-            UnsupportedLayer: as `exporter.graph.layer_graph`; or the network does not end in one
-                dense layer after others.
+            UnsupportedLayer: the network does not end in one dense layer after others.
             DataError: nothing in it can be narrowed.
         """
-        self.base = without_softmax(base)
         self._rounding, self._minimum = rounding, minimum_width
-        self._channels = channels_of(self.base)
+        self._channels = channels
         graph = self._channels.graph
         last = graph.layer(graph.outputs[0])
         source = graph.layer(last.inputs[0]) if last.inputs else last
@@ -120,6 +122,54 @@ class Splitter:
         layers = tuple(layer for layer in whole.layers if layer.name != self._last.name)
         return replace(whole, layers=layers, outputs=(self._source.name,))
 
+    def _rows(self, keep: Keep) -> Ids:
+        """Positions of the features that a branch has."""
+        stays = self._channels.kept_units(keep)
+        return np.flatnonzero(stays[self._channels.units[self._source.name]])
+
+    def _ids(self, group: UnitGroup) -> Ids:
+        return self._channels.offsets[group.name] + np.arange(group.size)
+
+    def _mask(self, group: UnitGroup, share: float, position: int, count: int) -> NDArray[np.bool_]:
+        """A run of units, beginning where the position's part begins.
+
+        Where layers have a group only in part (channels padded with zeros), the units that the
+        same layers have are narrowed each on their own, so that every layer keeps its share.
+        """
+        ids = self._ids(group)
+        layers = self._channels.units.values()
+        has = np.array([np.isin(ids, units) for units in layers], np.uint8)
+        signatures = np.packbits(has, axis=0).T
+        kinds, kind_of = np.unique(signatures, axis=0, return_inverse=True)
+        mask = np.zeros(group.size, np.bool_)
+        for kind in range(len(kinds)):
+            units = np.flatnonzero(kind_of.reshape(-1) == kind)
+            size = len(units)
+            least = self._minimum if len(kinds) == 1 else 1
+            take = min(size, narrowed(size, share, self._rounding, least))
+            start = position * size // count
+            mask[units[(start + np.arange(take)) % size]] = True
+        return mask
+
+
+class Splitter(Widths):
+    """Cuts one network.
+
+    Attributes:
+        base: The network, logits out.
+    """
+
+    def __init__(
+        self, base: keras.Model, *, rounding: Rounding = "round", minimum_width: int = 1
+    ) -> None:
+        """Find what can be narrowed.
+
+        Raises:
+            UnsupportedLayer, DataError: as `Widths`, or as `exporter.graph.layer_graph`.
+        """
+        self.base = without_softmax(base)
+        super().__init__(channels_of(self.base), rounding=rounding, minimum_width=minimum_width)
+
     def branch(self, keep: Keep, name: str, *, fresh: bool) -> keras.Model:
         """Build a branch: frames -> features.
 
@@ -162,32 +212,3 @@ class Splitter:
             shared = (kernel[everyone] / times[:, None]).astype(np.float32)
             layer.set_weights([shared, bias[0] if bias else np.zeros(self.classes, np.float32)])
         return head
-
-    def _rows(self, keep: Keep) -> Ids:
-        """Positions of the features that a branch has."""
-        stays = self._channels.kept_units(keep)
-        return np.flatnonzero(stays[self._channels.units[self._source.name]])
-
-    def _ids(self, group: UnitGroup) -> Ids:
-        return self._channels.offsets[group.name] + np.arange(group.size)
-
-    def _mask(self, group: UnitGroup, share: float, position: int, count: int) -> NDArray[np.bool_]:
-        """A run of units, beginning where the position's part begins.
-
-        Where layers have a group only in part (channels padded with zeros), the units that the
-        same layers have are narrowed each on their own, so that every layer keeps its share.
-        """
-        ids = self._ids(group)
-        layers = self._channels.units.values()
-        has = np.array([np.isin(ids, units) for units in layers], np.uint8)
-        signatures = np.packbits(has, axis=0).T
-        kinds, kind_of = np.unique(signatures, axis=0, return_inverse=True)
-        mask = np.zeros(group.size, np.bool_)
-        for kind in range(len(kinds)):
-            units = np.flatnonzero(kind_of.reshape(-1) == kind)
-            size = len(units)
-            least = self._minimum if len(kinds) == 1 else 1
-            take = min(size, narrowed(size, share, self._rounding, least))
-            start = position * size // count
-            mask[units[(start + np.arange(take)) % size]] = True
-        return mask

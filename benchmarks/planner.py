@@ -1,0 +1,257 @@
+"""The planner against exhaustive search of the same space, and how fast a what-if is answered.
+
+python -m benchmarks.planner [--json] [--keep] [--fleet NAME] [--work FOLDER]
+
+Three fleets of two devices and an aggregator; a network for scikit-learn's digits that is trained
+here. Trainings are short, so that every plan of a space can be trained on one core; both searches
+use the same ones. Times are of the processor, in one process and one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from benchmarks.record import BRIEF, HEADER, Row, circumstances, load, machine_line, report
+
+NAME = "planner"
+EPOCHS = {"lcp": 8, "nonn": 16, "ddnn": 12, "edgent": 6}
+HEAD = "shoal: 1\nfleet: {name}\naggregator: hub\nlink: {{rate: {rate}, latency: {latency}}}\n"
+FLEETS = {
+    "pis": (
+        HEAD.format(name="pis", rate="100 Mbit/s", latency="0.5 ms"),
+        "  - {id: pi-a, kind: pi-4}\n  - {id: pi-b, kind: pi-zero-2}\n"
+        "  - {id: hub, kind: pi-5, tier: edge}\n",
+    ),
+    "mcus": (
+        HEAD.format(name="mcus", rate="100 Mbit/s", latency="0.5 ms"),
+        "  - {id: mcu-a, kind: mcu}\n  - {id: mcu-b, kind: mcu}\n"
+        "  - {id: hub, kind: mcu, tier: edge, flash: 125 kB}\n",
+    ),
+    "tight": (
+        HEAD.format(name="tight", rate="1 Mbit/s", latency="1 ms"),
+        "  - {id: mcu-a, kind: mcu, flash: 135 kB}\n  - {id: mcu-b, kind: mcu, flash: 135 kB}\n"
+        "  - {id: hub, kind: mcu, tier: edge, flash: 125 kB}\n",
+    ),
+}
+ABOUT = {
+    "pis": "a Pi 4, a Pi Zero 2 and a Pi 5",
+    "mcus": "two microcontrollers, and one that holds no network",
+    "tight": "the same, none of which holds the network; 1 Mbit/s",
+}
+GAP_POINTS, GAP_LATENCY, TIME_SHARE, ANSWER_S = 0.5, 0.05, 0.2, 2.0
+
+
+def network(path: Path) -> Path:
+    """Train the small network for digits: two convolutions of 16 and 32 filters, 64 units."""
+    import keras
+    import numpy as np
+    from keras import layers
+
+    from exporter.data import load_data
+
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 1), name="image")
+    x = inputs
+    for i, width in enumerate((24, 48), 1):
+        x = layers.Conv2D(width, 3, padding="same", use_bias=False, name=f"conv{i}")(x)
+        x = layers.BatchNormalization(momentum=0.9, name=f"conv{i}_bn")(x)
+        x = layers.ReLU(name=f"conv{i}_relu")(x)
+        x = layers.MaxPooling2D(2, name=f"pool{i}")(x)
+    x = layers.Dense(64, activation="relu", name="fc")(layers.Flatten(name="flatten")(x))
+    model = keras.Model(inputs, layers.Dense(10, name="logits")(x), name="digits")
+    data = load_data("digits")
+    model.compile(
+        keras.optimizers.Adam(2e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    x, y = data.inputs(data.train.frames), data.train.labels
+    model.fit(x, y.astype(np.int32), batch_size=64, epochs=15, verbose=0)
+    model.save(path)
+    return path
+
+
+def measure(name: str, work: Path) -> dict[str, Any]:
+    """One fleet: the planner, then every other plan of the space, then a what-if."""
+    from exporter.methods.snn.search import ResultCache, map_cached
+    from exporter.planner.choice import Wish, choose
+    from exporter.planner.evaluate import Task, evaluate, outcome_of, result_key
+    from exporter.planner.saved import FOLDER, known
+    from exporter.planner.search import Effort, search
+
+    base = work / "digits.keras"
+    if not base.exists():
+        network(base)
+    fleet = work / f"{name}.yaml"
+    head, devices = FLEETS[name]
+    fleet.write_text(f"{head}devices:\n{devices}")
+    cache = work / f"cache-{name}"
+    task = Task(base, "digits", fleet, cache)
+    fixed = {method: {"epochs": epochs} for method, epochs in EPOCHS.items()}
+    told: list[str] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.append(what)
+        print(f"{name}: {what}", file=sys.stderr, flush=True)
+
+    began = time.process_time()
+    found = search(task, Wish(), Effort(minutes=1e9, workers=1), progress, fixed=fixed)
+    planner_s = time.process_time() - began
+    answers = [_answer_s(cache) for _ in range(3)]
+    state = found.state
+    kept = ResultCache(cache / FOLDER)
+    space = state.space(state.fleet)
+    outcomes = []
+    for i, candidate in enumerate(space):
+        print(f"{name}: {i + 1} of {len(space)}: {candidate.name}", file=sys.stderr, flush=True)
+        (result,) = map_cached(
+            evaluate, task, [candidate], lambda x: result_key(task, x, state.fleet), cache=kept
+        )
+        outcomes.append(outcome_of(result))
+    exhaustive_s = sum(outcome.seconds for outcome in outcomes)
+    from dataclasses import replace
+
+    everything = known(replace(state, outcomes=tuple(outcomes), glances=()), state.fleet)
+    best = choose(everything.points, state.wish)
+    return {
+        "fleet": name,
+        "space": len(space),
+        "made": sum(outcome.manifest is not None for outcome in outcomes),
+        "trained": found.fresh,
+        "glances": len(found.state.glances),
+        "tried": told,
+        "planner_s": planner_s,
+        "exhaustive_s": exhaustive_s,
+        "answer_s": sorted(answers)[1],
+        "reference": state.wish.reference,
+        "chosen": _row(found.choice),
+        "best": _row(best),
+        "sentence": found.choice.sentence,
+    }
+
+
+def _row(choice: Any) -> dict[str, Any]:
+    point = choice.point
+    return {
+        "plan": point.name,
+        "accurate_enough": choice.meets,
+        "accuracy": point.accuracy,
+        "test_accuracy": point.test_accuracy,
+        "latency_ms": point.latency_ms,
+    }
+
+
+def _answer_s(cache: Path) -> float:
+    """Processor time of `shoal plan --what-if`, from the start of the process to its end."""
+    before = os.times()
+    command = ["plan", "--what-if", "link 1 Mbit/s", "--cache", str(cache)]
+    code = "from agent.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)
+    after = os.times()
+    spent = after.children_user + after.children_system
+    return spent - before.children_user - before.children_system
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Lines of the table of targets."""
+    found = []
+    for each in result["fleets"]:
+        chosen, best = each["chosen"], each["best"]
+        points = 100 * (best["accuracy"] - chosen["accuracy"])
+        slower = chosen["latency_ms"] / best["latency_ms"] - 1
+        share = each["planner_s"] / each["exhaustive_s"]
+        found.append(
+            Row(
+                f"{each['fleet']}: chosen plan against the best of all {each['space']}",
+                f"within {GAP_POINTS} points and {GAP_LATENCY:.0%} latency",
+                f"{max(points, 0.0):.2f} points, {max(slower, 0.0):.1%}",
+                points <= GAP_POINTS + 1e-9 and slower <= GAP_LATENCY + 1e-9,
+            )
+        )
+        found.append(
+            Row(
+                f"{each['fleet']}: processor time / of training all",
+                f"<= {TIME_SHARE:.0%}",
+                f"{share:.0%} ({each['planner_s']:.0f} s of {each['exhaustive_s']:.0f} s)",
+                share <= TIME_SHARE,
+            )
+        )
+    slowest = max(each["answer_s"] for each in result["fleets"])
+    found.append(
+        Row(
+            "`shoal plan --what-if`, processor time of the whole command",
+            f"<= {ANSWER_S:.0f} s",
+            f"{slowest:.2f} s",
+            slowest <= ANSWER_S,
+        )
+    )
+    return found
+
+
+def draw() -> str:
+    """The group's tables, Markdown."""
+    result = load(NAME)
+    lines = ["# The planner", "", HEADER, *map(str, rows(result)), ""]
+    lines += [
+        "A small network for digits, trainings cut short so that whole spaces can be trained: "
+        "accuracies are of this comparison, not of the methods. Chosen by held-out samples; "
+        "latencies are estimated.",
+        "",
+        "| fleet | trained, and short | chosen | accuracy | latency | best of all | accuracy "
+        "| latency |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for each in result["fleets"]:
+        cells = [ABOUT[each["fleet"]], f"{each['trained']}, {each['glances']}"]
+        for row in (each["chosen"], each["best"]):
+            cells += [
+                row["plan"],
+                f"{row['accuracy'] * 100:.2f} %",
+                f"{row['latency_ms']:.3g} ms",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", BRIEF, "", "What it said:", ""]
+    lines += [f"- {each['fleet']}: {each['sentence']}" for each in result["fleets"]]
+    lines += ["", "Measured at:", f"- `{NAME}`: {machine_line(result)}", ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print, and perhaps keep."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results")
+    parser.add_argument("--fleet", choices=FLEETS, help="this fleet alone; not to be kept")
+    parser.add_argument("--work", type=Path, help="folder of caches, to go on from")
+    chosen = parser.parse_args()
+    from exporter.quantize.native_stderr import start_tensorflow
+
+    start_tensorflow()
+    with tempfile.TemporaryDirectory() as home:
+        work = chosen.work or Path(home)
+        work.mkdir(parents=True, exist_ok=True)
+        names = [chosen.fleet] if chosen.fleet else list(FLEETS)
+        fleets = [measure(name, work) for name in names]
+    result = {
+        "fleets": fleets,
+        "epochs": EPOCHS,
+        "circumstances": circumstances("keras", "numpy", "tensorflow-cpu"),
+    }
+    return report(NAME, result, rows(result), as_json=chosen.json, keep=chosen.keep)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One device runs the whole network: what every split is compared with."""

@@ -1,0 +1,256 @@
+"""What `shoal plan` and `shoal export --method auto` do, and how they say it.
+
+Light to import: a search brings TensorFlow, a what-if does not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from agent.protocol.errors import PlanDoesNotFit
+from agent.protocol.fleet import load_fleet
+from agent.protocol.manifest import Manifest
+from agent.protocol.units import format_bytes
+from exporter.terminal import print_table
+
+from .choice import Choice, Wish, pareto
+from .points import Point
+from .saved import Known, latest
+
+if TYPE_CHECKING:
+    from exporter.methods.face import Progress
+
+    from .evaluate import Task
+    from .search import Effort, Found
+
+SHOWN_UNTRAINED = 5
+"""How many plans that were not trained the terminal names; --json and the page have all."""
+
+
+def plan_all(
+    model: Path | None,
+    data: str,
+    fleet: Path,
+    chosen: Mapping[str, Any],
+    fixed: Mapping[str, Mapping[str, Any]],
+    page: Path,
+    progress: Progress,
+    *,
+    as_json: bool,
+) -> None:
+    """Search, print the table and the sentence, and draw the page.
+
+    Raises:
+        ShoalError: as `search.search`, or the page cannot be written.
+    """
+    from .page import write_page
+    from .search import search
+
+    found = search(_task(model, data, fleet, chosen), *_aims(chosen), progress, fixed=fixed)
+    write_page(page, found.state, found.known, found.choice)
+    if as_json:
+        told = _as_json(found.known, found.choice, found.state.wish)
+        told |= {"report": str(page), "seconds": found.state.seconds, "trained": found.fresh}
+        click.echo(json.dumps(told))
+        return
+    _print(found, fleet)
+    click.echo(f"report: {page}")
+
+
+def export_best(
+    model: Path | None,
+    data: str,
+    fleet: Path,
+    out: Path,
+    chosen: Mapping[str, Any],
+    fixed: Mapping[str, Mapping[str, Any]],
+    progress: Progress,
+    *,
+    dtype: Literal["int8", "float32"],
+    allow_drift: bool,
+    targets: tuple[str, ...],
+) -> tuple[Manifest, str]:
+    """Search, and write the bundle of the plan to take.
+
+    Returns:
+        Its manifest, and why it was taken.
+
+    Raises:
+        PlanDoesNotFit: no plan could be made.
+        ShoalError: as `search.search`.
+    """
+    from dataclasses import replace
+
+    from exporter.bundle import check_target
+
+    from .search import bundle_of, search
+
+    check_target(out)
+    task = replace(
+        _task(model, data, fleet, chosen), dtype=dtype, allow_drift=allow_drift, targets=targets
+    )
+    found = search(task, *_aims(chosen), progress, fixed=fixed)
+    taken = found.choice.point
+    if taken is None:
+        raise PlanDoesNotFit(
+            "\n".join(_reasons(found.known)), "add devices, or give larger budgets"
+        )
+    return write_taken(bundle_of(task, taken.candidate), fleet, out), found.choice.sentence
+
+
+def write_taken(result: Mapping[str, Any], fleet: Path, out: Path) -> Manifest:
+    """Write a kept bundle, with the fleet file as it is now."""
+    from agent.protocol.manifest import artifact, read_manifest, write_manifest
+    from exporter.bundle import FLEET_COPY, fresh_folder
+    from exporter.report import rewrite_report
+
+    from .evaluate import unpack
+
+    with fresh_folder(out) as folder:
+        unpack(result, folder)
+        copy = folder / FLEET_COPY
+        copy.write_text(fleet.read_text(encoding="utf-8"), encoding="utf-8")
+        manifest = read_manifest(folder).model_copy(update={"fleet": artifact(folder, copy)})
+        write_manifest(folder, manifest)
+        rewrite_report(folder)
+    return manifest
+
+
+def _task(model: Path | None, data: str, fleet: Path, chosen: Mapping[str, Any]) -> Task:
+    from .evaluate import Task
+
+    return Task(
+        model=model,
+        data=data,
+        fleet=fleet,
+        cache=chosen["cache"],
+        seed=chosen["seed"],
+        workers=chosen["workers"] or 1,
+    )
+
+
+def _aims(chosen: Mapping[str, Any]) -> tuple[Wish, Effort]:
+    from .search import Effort
+
+    lost = chosen["max_loss_one_lost"]
+    wish = Wish(
+        goal=chosen["goal"],
+        max_loss=chosen["max_loss"] / 100,
+        max_loss_one_lost=None if lost is None else lost / 100,
+    )
+    return wish, Effort(chosen["minutes"], chosen["workers"], chosen["everything"])
+
+
+def _as_json(known: Known, choice: Choice, wish: Wish) -> dict[str, Any]:
+    best = pareto(known.points)
+    return {
+        "goal": wish.goal,
+        "model_accuracy": wish.reference,
+        "sentence": choice.sentence,
+        "chosen": None if choice.point is None else choice.point.as_json(),
+        "accurate_enough": choice.meets,
+        "settled": not choice.open,
+        "plans": [
+            {**point.as_json(), "pareto": point in best}
+            for point in sorted(known.points, key=lambda x: (not x.trained, wish.cost(x), x.name))
+        ],
+        "refused": [
+            {"plan": candidate.name, "reason": reason}
+            for candidate, reason in known.refused.items()
+        ],
+    }
+
+
+def _reasons(known: Known) -> list[str]:
+    return [f"{candidate.name}: {reason}" for candidate, reason in known.refused.items()]
+
+
+def _print(found: Found, fleet: Path) -> None:
+    state, known, choice = found.state, found.known, found.choice
+    best = pareto(known.points)
+    trained = [point for point in known.points if point.trained]
+    reference = state.wish.reference
+    model = "" if reference is None else f"; the model is {reference * 100:.2f} % right"
+    print_table(
+        ("", "plan", "accuracy", "one lost", "latency", "sent", "energy", "fullest"),
+        [
+            _row(point, choice, best)
+            for point in sorted(trained, key=lambda x: (state.wish.cost(x), x.name))
+        ],
+        f"Trained and measured on {state.judged_by} samples held out for choosing{model}. "
+        "Latency, traffic and energy of a decision estimated. + : no other is better in every way",
+    )
+    left = sorted(
+        (point for point in known.points if not point.trained),
+        key=lambda x: (state.wish.cost(x), x.name),
+    )
+    if left:
+        shown = left[:SHOWN_UNTRAINED]
+        more = f", {len(left) - len(shown)} more" if len(left) > len(shown) else ""
+        named = "; ".join(f"{x.name} {state.wish.text(x)}" for x in shown)
+        click.echo(f"Not trained, at the least (estimated): {named}{more}.")
+    if known.refused:
+        click.echo(f"Cannot be made: {len(known.refused)} (--json says why).")
+    click.echo(choice.sentence)
+    taken = choice.point
+    if taken is not None and taken.test_accuracy is not None:
+        click.echo(f"On test data it is {taken.test_accuracy * 100:.2f} % right (measured).")
+
+
+def _row(point: Point, choice: Choice, best: frozenset[Point]) -> tuple[str, ...]:
+    mark = ">" if point == choice.point else ("+" if point in best else "")
+    return (
+        mark,
+        point.name,
+        "-" if point.accuracy is None else f"{point.accuracy * 100:.2f} %",
+        "-" if point.one_lost is None else f"{point.one_lost * 100:.2f} %",
+        f"{point.latency_ms:.3g} ms",
+        format_bytes(round(point.sent_bytes)),
+        "-" if point.energy_mj is None else f"{point.energy_mj:.3g} mJ",
+        f"{point.memory_share * 100:.2g} %",
+    )
+
+
+def answer_what_if(edits: Sequence[str], cache: Path, *, as_json: bool) -> None:
+    """Say what another fleet would change, from the search that was kept last.
+
+    Raises:
+        ShoalError: no search is kept, or a change that is not understood.
+    """
+    from .what_if import what_if
+
+    state = latest(cache)
+    answer = what_if(state, edits)
+    if as_json:
+        told = _as_json(answer.known, answer.choice, state.wish)
+        click.echo(json.dumps({"what_if": list(edits), "before": answer.before.sentence, **told}))
+        return
+    click.echo(f"Before: {answer.before.sentence}")
+    click.echo(f"With {', '.join(edits)}: {answer.choice.sentence}")
+    for line in answer.notes:
+        click.echo(line)
+
+
+def replan_bundle(bundle: Path, fleet: Path, out: Path | None, *, as_json: bool) -> None:
+    """Say what of a bundle another fleet can use, and write it if asked to.
+
+    Raises:
+        ShoalError: no bundle, a mistake in the fleet file, or nothing that could be written.
+    """
+    from .replan import replan, write_moved
+
+    found = replan(bundle, load_fleet(fleet))
+    if out is not None:
+        write_moved(found, bundle, fleet, out)
+    if as_json:
+        click.echo(json.dumps(found.as_json() | {"bundle": None if out is None else str(out)}))
+        return
+    for line in found.lines():
+        click.echo(line)
+    if out is not None:
+        click.echo(f"bundle: {out}")

@@ -1,0 +1,229 @@
+"""report.html of a search: the sentence, the table, and how plans compare, drawn inline. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+from math import isfinite, log10
+from pathlib import Path
+
+from agent.protocol.errors import ShoalError
+from agent.protocol.units import format_bytes
+from exporter.report import html_page, html_table, percent_of_budget
+
+from .choice import Choice, pareto
+from .points import Memory, Point
+from .saved import Known, State
+
+MARKS = ("single", "layerwise", "snn", "lcp", "nonn", "edgent", "ddnn")
+COLOURS = ("#1f7a8c", "#6b7f92", "#d9822b", "#7a5195", "#2f9e5b", "#c0392b", "#b8860b")
+"""Of the methods, in the order of MARKS."""
+
+
+def write_page(page: Path, state: State, known: Known, choice: Choice) -> Path:
+    """Draw a search.
+
+    Raises:
+        ShoalError: the page cannot be written.
+    """
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(drawn(state, known, choice), encoding="utf-8")
+    except OSError as error:
+        raise ShoalError(f"{page}: cannot be written: {error.strerror}") from None
+    return page
+
+
+def drawn(state: State, known: Known, choice: Choice) -> str:
+    """The page as text."""
+    trained = [point for point in known.points if point.trained]
+    sketched = [point for point in known.points if not point.trained]
+    best = pareto(known.points)
+    fleet = state.fleet
+    reference = state.wish.reference
+    body = [
+        f"<h1>Plans for fleet {escape(fleet.fleet)}</h1>",
+        f'<p class="quiet">{escape(state.model or "own networks")} on {escape(state.data)}, '
+        f"{len(fleet.devices)} devices; {len(trained)} plans trained and measured, "
+        f"{len(sketched)} reckoned from their shapes, {len(known.refused)} cannot be made.</p>",
+        f"<p><b>{escape(choice.sentence)}</b></p>",
+        '<p class="quiet">Accuracies are measured, on '
+        f"{state.judged_by} held-out samples that no plan was fitted on; test data tells only "
+        "what the table says. Latency, traffic and energy are estimated by walking each plan on "
+        "its devices' platforms. "
+        + ("" if reference is None else f"The model is {reference * 100:.2f} % right there.")
+        + "</p>",
+        "<h2>Plans</h2>",
+        html_table(
+            (
+                "plan",
+                "best in some way",
+                "accuracy (measured)",
+                "test accuracy (measured)",
+                "worst device lost (measured)",
+                "latency (estimated)",
+                "sent (estimated)",
+                "energy (estimated)",
+                "fullest budget",
+            ),
+            [_row(point, best) for point in _ordered(trained, state)],
+        ),
+    ]
+    body += _plots(trained, choice)
+    if choice.point is not None:
+        body += [
+            "<h2>Memory of the plan to take</h2>",
+            f"<p>{escape(choice.point.name)}, each device against its budget.</p>",
+            "".join(map(_bar, choice.point.memory)),
+        ]
+    if sketched:
+        body += [
+            "<h2>Not trained</h2>",
+            "<p>The least that these can take, estimated from their shapes. They were not trained "
+            "because they could not be better, because a stronger plan of their method was not "
+            "accurate enough, or for want of time.</p>",
+            html_table(
+                ("plan", "latency", "sent", "energy", "given up because"),
+                [
+                    (
+                        point.name,
+                        f"{point.latency_ms:.3g} ms",
+                        format_bytes(round(point.sent_bytes)),
+                        _energy(point),
+                        point.hopeless or "-",
+                    )
+                    for point in _ordered(sketched, state)
+                ],
+            ),
+        ]
+    if known.refused:
+        body += [
+            "<h2>Cannot be made</h2>",
+            html_table(("plan", "why"), [(each.name, why) for each, why in known.refused.items()]),
+        ]
+    return html_page(f"Shoal: plans for fleet {fleet.fleet}", "".join(body))
+
+
+def _ordered(points: Sequence[Point], state: State) -> list[Point]:
+    return sorted(points, key=lambda point: (state.wish.cost(point), point.name))
+
+
+def _row(point: Point, best: frozenset[Point]) -> tuple[str, ...]:
+    return (
+        point.name,
+        "yes" if point in best else "no",
+        _percent(point.accuracy),
+        _percent(point.test_accuracy),
+        "no decision" if point.one_lost is None else _percent(point.one_lost),
+        f"{point.latency_ms:.3g} ms",
+        format_bytes(round(point.sent_bytes)),
+        _energy(point),
+        percent_of_budget(point.memory_share),
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share * 100:.2f} %"
+
+
+def _energy(point: Point) -> str:
+    return "-" if point.energy_mj is None else f"{point.energy_mj:.3g} mJ"
+
+
+def _plots(points: Sequence[Point], choice: Choice) -> list[str]:
+    if not points:
+        return []
+    latency: Callable[[Point], float | None] = lambda point: point.latency_ms  # noqa: E731
+    plots = [
+        _scatter("accuracy against latency, ms", points, latency, _accuracy, choice),
+        _scatter("accuracy against bytes", points, lambda x: x.sent_bytes, _accuracy, choice),
+        _scatter("accuracy against energy, mJ", points, lambda x: x.energy_mj, _accuracy, choice),
+        _scatter(
+            "accuracy with the worst device lost against latency, ms",
+            points,
+            latency,
+            lambda point: point.one_lost or 0.0,
+            choice,
+        ),
+    ]
+    used = [each for each in MARKS if any(x.candidate.method == each for x in points)]
+    legend = "".join(
+        f'<span><svg width="10" height="10"><circle cx="5" cy="5" r="4" '
+        f'fill="{COLOURS[MARKS.index(each)]}"/></svg>{each}</span>'
+        for each in used
+    )
+    return [
+        "<h2>How they compare</h2>",
+        f'<p class="legend">{legend}<small>the ring is the plan to take; costs are estimated and '
+        "on a logarithmic axis, accuracies measured; a plan that cannot decide without one of its "
+        "devices stands at 0 %</small></p>",
+        f'<div class="plots">{"".join(plots)}</div>',
+    ]
+
+
+def _accuracy(point: Point) -> float:
+    return point.accuracy or 0.0
+
+
+def _scatter(
+    name: str,
+    points: Sequence[Point],
+    across: Callable[[Point], float | None],
+    up: Callable[[Point], float],
+    choice: Choice,
+) -> str:
+    """Plans as dots: a cost to the right, logarithmic, and an accuracy upwards."""
+    width, base, edge, top = 250, 130, 34, 10
+    known = [
+        (point, value, up(point))
+        for point in points
+        if (value := across(point)) is not None and isfinite(value) and value > 0
+    ]
+    if not known:
+        return ""
+    costs = [log10(value) for _, value, _ in known]
+    low, high = min(costs) - 0.05, max(costs) + 0.05
+    heights = [height for _, _, height in known]
+    floor, ceiling = max(0.0, min(heights) - 0.02), min(1.0, max(heights) + 0.02)
+    dots = []
+    for (point, value, height), cost in zip(known, costs, strict=True):
+        x = edge + (cost - low) / (high - low) * width
+        y = base - (height - floor) / max(ceiling - floor, 1e-9) * (base - top)
+        colour = COLOURS[MARKS.index(point.candidate.method)]
+        told = f"{point.name}: {value:.3g}, {height * 100:.2f} %"
+        ring = (
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="none" stroke="var(--ink)"/>'
+            if point == choice.point
+            else ""
+        )
+        dots.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="{colour}" fill-opacity="0.85">'
+            f"<title>{escape(told)}</title></circle>{ring}"
+        )
+    marks = "".join(
+        f'<text x="{edge + at * width:.0f}" y="{base + 14}" text-anchor="middle">'
+        f"{10 ** (low + at * (high - low)):.3g}</text>"
+        f'<text x="{edge - 4}" y="{base - at * (base - top) + 3:.0f}" text-anchor="end">'
+        f"{(floor + at * (ceiling - floor)) * 100:.1f}</text>"
+        for at in (0, 0.5, 1)
+    )
+    return (
+        f'<figure><svg viewBox="0 0 {width + edge + 12} {base + 18}" role="img" '
+        f'aria-label="{escape(name)}"><line x1="{edge}" x2="{edge + width}" y1="{base}" '
+        f'y2="{base}" stroke="var(--quiet)"/><line x1="{edge}" x2="{edge}" y1="{top}" '
+        f'y2="{base}" stroke="var(--line)"/>{marks}{"".join(dots)}</svg>'
+        f"<figcaption><b>{escape(name)}</b></figcaption></figure>"
+    )
+
+
+def _bar(use: Memory) -> str:
+    share = use.share
+    colour = "var(--over)" if share > 1 else "var(--own)"
+    told = f"{format_bytes(use.used_bytes)} of {format_bytes(use.budget_bytes)}"
+    return (
+        f'<div class="budget"><small style="width: 12em">{escape(use.device)} {use.what}</small>'
+        f'<svg width="240" height="8" role="img" aria-label="{percent_of_budget(share)}">'
+        '<rect width="240" height="8" fill="var(--line)"/>'
+        f'<rect width="{min(share, 1) * 240:.1f}" height="8" fill="{colour}"/></svg>'
+        f"<small>{percent_of_budget(share)}: {told} ({use.origin})</small></div>"
+    )

@@ -1,0 +1,215 @@
+"""Which candidates to train, in what order, and when to stop.
+
+The whole network on its best device comes first. Once a plan is accurate enough, whatever cannot be
+better than it by its sketch is never trained; of each method the strongest plan that still could is
+trained first, shortly at first, and if it is not accurate enough no weaker one is tried. So the
+choice is that of an exhaustive search, as far as sketches bound what training gives, and of one
+method's plans the stronger is no less accurate.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from agent.protocol.errors import ShoalError
+from exporter.graph import layer_graph
+from exporter.methods.face import Progress
+from exporter.methods.snn.search import ResultCache, Work, Workers, content_key, map_cached
+from exporter.methods.snn.source import source_key
+from exporter.surgery import without_softmax
+
+from .candidates import TRAINED, Candidate, Setting
+from .choice import Choice, Glance, Wish, choose, still_open
+from .evaluate import GLANCED, Task, evaluate, glance, inputs_of, outcome_of, result_key, short
+from .points import Point
+from .saved import FOLDER, Known, State, known, save
+from .sketch import Network
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much may be done.
+
+    Attributes:
+        minutes: Nothing new is begun after so long.
+        workers: Processes; 1: in this one; 0: one a processor.
+        everything: Also train what cannot be chosen any more.
+    """
+
+    minutes: float = 20.0
+    workers: int = 0
+    everything: bool = False
+
+    @property
+    def processes(self) -> int:
+        """How many work at a time."""
+        return self.workers or os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gives.
+
+    Attributes:
+        state: All that was tried; `saved.latest` reads it back.
+        known: Every candidate.
+        choice: Which to take.
+        fresh: How many were trained now, the rest being kept from before.
+    """
+
+    state: State
+    known: Known
+    choice: Choice
+    fresh: int
+
+
+def search(
+    task: Task,
+    wish: Wish,
+    effort: Effort,
+    progress: Progress,
+    *,
+    fixed: Mapping[str, Mapping[str, Setting]] | None = None,
+) -> Found:
+    """Find the plan to take for a model, its data and a fleet.
+
+    Args:
+        task: The inputs.
+        wish: What the user wants; its reference is measured here.
+        effort: How much may be done. What is done is kept, also when this is interrupted.
+        progress: Told what is going on.
+        fixed: By method, settings that the user fixed.
+
+    Raises:
+        ShoalError: as `pipeline.load`; a candidate that cannot be made is no error.
+    """
+    started = time.monotonic()
+    processes = effort.processes
+    if processes > 1:
+        task = replace(task, workers=1)
+    state = _begun(task, wish, fixed or {})
+    fleet = state.fleet
+    cache = ResultCache(task.cache / FOLDER)
+    keys: dict[Candidate, str] = {}
+
+    def key(candidate: Candidate) -> str:
+        return keys.setdefault(candidate, result_key(task, candidate, fleet))
+
+    def glance_key(candidate: Candidate) -> str:
+        return content_key(glance=key(candidate), source=source_key(glance, short))
+
+    def reckoned(work: Work, wave: Sequence[Candidate], keyed: Callable[[Candidate], str]) -> Any:
+        workers = Workers(min(processes, len(wave)))
+        return map_cached(work, task, wave, keyed, cache=cache, workers=workers)
+
+    kept = [cache.read(key(candidate)) for candidate in state.space(fleet)]
+    outcomes = [outcome_of(result) for result in kept if result is not None]
+    glances: list[Glance] = []
+    fresh = 0
+    while True:
+        seconds = time.monotonic() - started
+        state = replace(state, outcomes=tuple(outcomes), glances=tuple(glances), seconds=seconds)
+        save(state, task.cache)
+        now = known(state, fleet)
+        wave = next_wave(now.points, state.wish, processes, everything=effort.everything)
+        if not wave or (seconds > 60 * effort.minutes and outcomes):
+            return Found(state, now, choose(now.points, state.wish), fresh)
+        seen = {each.candidate.method for each in outcomes}
+        seen |= {each.candidate.method for each in glances}
+        new = [x for x in wave if x.method in GLANCED and x.method not in seen]
+        if new and state.wish.reference is not None:
+            for candidate in new:
+                progress(f"glance at {candidate.name}", 0, 1)
+            results = reckoned(glance, new, glance_key)
+            glances += [
+                Glance(candidate, float(result["accuracy"]))
+                for candidate, result in zip(new, results, strict=True)
+            ]
+            continue
+        for candidate in wave:
+            progress(f"try {candidate.name}", 0, 1)
+        results = reckoned(evaluate, wave, key)
+        outcomes += map(outcome_of, results)
+        fresh += len(results)
+
+
+def _begun(task: Task, wish: Wish, fixed: Mapping[str, Mapping[str, Setting]]) -> State:
+    inputs = inputs_of(task)
+    data, base = inputs.data, inputs.base
+    graph, reference = None, None
+    if base is not None:
+        graph = layer_graph(without_softmax(base))
+        scores = base.predict(data.inputs(inputs.judge.frames), batch_size=256, verbose=0)
+        reference = float(np.mean(scores.argmax(axis=1) == inputs.judge.labels))
+    return State(
+        model=None if task.model is None else str(task.model),
+        data=task.data,
+        fleet_path=str(task.fleet),
+        fleet_text=task.fleet.read_text(encoding="utf-8"),
+        network=Network(graph, tuple(data.frame.shape), data.classes),
+        frame=data.frame,
+        views=data.views,
+        wish=replace(wish, reference=reference),
+        fixed=fixed,
+        judged_by=len(inputs.judge),
+    )
+
+
+def next_wave(
+    points: Sequence[Point], wish: Wish, count: int, *, everything: bool = False
+) -> list[Candidate]:
+    """What to train next, at most so many; empty when the choice is settled.
+
+    Of each method first the strongest plan that could still be chosen: if it is not accurate
+    enough, no weaker one is tried. If it is, the one in the middle of those left.
+
+    Args:
+        points: All of a fleet, sketches and trained plans.
+        wish: What is wanted.
+        count: How many work at a time.
+        everything: Go on when the choice is settled.
+    """
+    sketches = [point for point in points if not point.trained]
+    alone = [point for point in sketches if point.candidate.method == "single"]
+    if alone and not _has_single(points):
+        return [min(alone, key=wish.cost).candidate]
+    left: Sequence[Point] = still_open(points, wish)
+    if not left:
+        rest = sorted(sketches, key=lambda point: (wish.cost(point), point.name))
+        return [point.candidate for point in rest[:count]] if everything else []
+    # What needs no training is nearly free, and tells most of the rest apart.
+    chosen = [point.candidate for point in left if point.candidate.method not in TRAINED]
+    accurate = {
+        point.candidate.method
+        for point in points
+        if point.trained and wish.allows(point, wish.against(points))
+    }
+    for method in TRAINED:
+        own = [point for point in left if point.candidate.method == method]
+        own.sort(key=lambda point: (-point.strength, wish.cost(point), point.name))
+        if own:
+            chosen.append(own[len(own) // 2 if method in accurate else 0].candidate)
+    return chosen[:count]
+
+
+def _has_single(points: Sequence[Point]) -> bool:
+    return any(point.trained and point.candidate.method == "single" for point in points)
+
+
+def bundle_of(task: Task, candidate: Candidate) -> Mapping[str, Any]:
+    """The kept result of a candidate that was trained, its bundle with it.
+
+    Raises:
+        ShoalError: it is not kept any more.
+    """
+    key = result_key(task, candidate, inputs_of(task).fleet)
+    result = ResultCache(task.cache / FOLDER).read(key)
+    if result is None:
+        raise ShoalError(f"{candidate.name}: not in {task.cache} any more", "run it again")
+    return result
