@@ -323,16 +323,16 @@ def _pixel_convp(
 
 def _bit_convp(number: int, conv: ConvP, here: _Map, there: _Map, at: str, target: str) -> _Step:
     filters, channels = len(conv.weights), here.channels
-    even = channels + channels % 2
+    filled = -(-channels // 4) * 4
     values = 1 << np.arange(9).reshape(3, 3, 1)
-    weights = np.zeros((filters, even), np.uint16)
+    weights = np.zeros((filters, filled), np.uint16)
     weights[:, :channels] = (conv.weights * values).sum(axis=(1, 2))
     most = 9 * channels + 1
-    counter_bits = max(most - 1, 1).bit_length() + 1
+    counter_bits = max(6, (most - 1).bit_length() + 1)
     if counter_bits > 16:
         raise UnsupportedLayer(f"{channels} channels of bits, at most 3640", _ELSEWHERE)
     starts = 2 ** (counter_bits - 1) - _levels(conv, here)
-    block = min(even, CHANNEL_BLOCK)
+    block = min(filled, CHANNEL_BLOCK)
     whole = math.lcm(4, here.row)
     ring = -(-(3 * here.row + 4) // whole) * whole
     pool, inverted = _pool(conv, here, there, ring)

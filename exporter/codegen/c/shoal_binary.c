@@ -2,6 +2,12 @@
 
 #include <string.h>
 
+#if defined(__GNUC__)
+#define SHOAL_INLINE static inline __attribute__((always_inline)) /* for each case of its own */
+#else
+#define SHOAL_INLINE static inline
+#endif
+
 static inline uint32_t load4(const uint8_t *from)
 {
     uint32_t word;
@@ -125,100 +131,126 @@ static void spread_weights(const struct shoal_pixel_convp *k, uint32_t first, ui
     }
 }
 
+/* Sums of four filters. */
+struct lanes {
+    uint32_t of0, of1, of2, of3;
+};
+
 #if defined(__ARM_FEATURE_DSP) && (__ARM_FEATURE_DSP == 1) && defined(__GNUC__)
 
+#define SHOAL_DIFFERENCES                                                                          \
+    "ldmia %[masks]!, {r8, r9, r10, r11}\n\t"                                                      \
+    "usada8 %[a], r12, r8, %[a]\n\t"                                                              \
+    "usada8 %[b], r12, r9, %[b]\n\t"                                                              \
+    "usada8 %[c], r12, r10, %[c]\n\t"                                                             \
+    "usada8 %[d], r12, r11, %[d]\n\t"
+
 /* Adds the absolute differences of a kernel row's values and the masks of four filters. */
-static inline const uint32_t *differences(const uint8_t *x, const uint32_t *masks, uint32_t quads,
-                                          uint32_t tail, uint32_t *sums)
+SHOAL_INLINE const uint32_t *differences(const uint8_t *x, const uint32_t *masks, uint32_t quads,
+                                         uint32_t tail, struct lanes *sums)
 {
-    uint32_t sum0 = sums[0];
-    uint32_t sum1 = sums[1];
-    uint32_t sum2 = sums[2];
-    uint32_t sum3 = sums[3];
-    __asm__ volatile("subs %2, %2, #1\n\t"
-                     "beq 2f\n\t"
-                     "1:\n\t"
-                     "ldr r8, [%0], #4\n\t"
-                     "ldmia %1!, {r9, r10, r11, r12}\n\t"
-                     "usada8 %3, r8, r9, %3\n\t"
-                     "usada8 %4, r8, r10, %4\n\t"
-                     "usada8 %5, r8, r11, %5\n\t"
-                     "usada8 %6, r8, r12, %6\n\t"
-                     "subs %2, %2, #1\n\t"
-                     "bne 1b\n\t"
-                     "2:\n\t"
-                     "ldr r8, [%0]\n\t"
-                     "ldmia %1!, {r9, r10, r11, r12}\n\t"
-                     "and r8, r8, %7\n\t"
-                     "usada8 %3, r8, r9, %3\n\t"
-                     "usada8 %4, r8, r10, %4\n\t"
-                     "usada8 %5, r8, r11, %5\n\t"
-                     "usada8 %6, r8, r12, %6\n\t"
-                     : "+r"(x), "+r"(masks), "+r"(quads), "+r"(sum0), "+r"(sum1), "+r"(sum2),
-                       "+r"(sum3)
-                     : "r"(tail)
-                     : "r8", "r9", "r10", "r11", "r12", "cc", "memory");
-    sums[0] = sum0;
-    sums[1] = sum1;
-    sums[2] = sum2;
-    sums[3] = sum3;
+    struct lanes s = *sums;
+    if (quads == 3U) { /* three channels, without a loop */
+        __asm__("ldr r12, [%[x]]\n\t" SHOAL_DIFFERENCES
+                "ldr r12, [%[x], #4]\n\t" SHOAL_DIFFERENCES
+                "ldr r12, [%[x], #8]\n\t"
+                "and r12, r12, %[tail]\n\t" SHOAL_DIFFERENCES
+                : [masks] "+r"(masks), [a] "+r"(s.of0), [b] "+r"(s.of1), [c] "+r"(s.of2),
+                  [d] "+r"(s.of3)
+                : [x] "r"(x), [tail] "r"(tail)
+                : "r8", "r9", "r10", "r11", "r12", "memory");
+    } else {
+        for (; quads > 1U; quads--) {
+            __asm__("ldr r12, [%[x]], #4\n\t" SHOAL_DIFFERENCES
+                    : [x] "+r"(x), [masks] "+r"(masks), [a] "+r"(s.of0), [b] "+r"(s.of1),
+                      [c] "+r"(s.of2), [d] "+r"(s.of3)
+                    :
+                    : "r8", "r9", "r10", "r11", "r12", "memory");
+        }
+        __asm__("ldr r12, [%[x]]\n\t"
+                "and r12, r12, %[tail]\n\t" SHOAL_DIFFERENCES
+                : [masks] "+r"(masks), [a] "+r"(s.of0), [b] "+r"(s.of1), [c] "+r"(s.of2),
+                  [d] "+r"(s.of3)
+                : [x] "r"(x), [tail] "r"(tail)
+                : "r8", "r9", "r10", "r11", "r12", "memory");
+    }
+    *sums = s;
     return masks;
 }
 
 #else
 
-/* As above; bytes 0 and 2, and 1 and 3, are added side by side in 16 bits. */
-static inline const uint32_t *differences(const uint8_t *x, const uint32_t *masks, uint32_t quads,
-                                          uint32_t tail, uint32_t *sums)
+/* Bytes 0 and 2, and 1 and 3, added side by side in 16 bits. */
+static inline uint32_t in_pairs(uint32_t bytes)
 {
-    uint32_t pairs[SHOAL_LANES] = {0U, 0U, 0U, 0U};
+    return (bytes & 0xFF00FFU) + ((bytes >> 8) & 0xFF00FFU);
+}
+
+static inline uint32_t both(uint32_t pair)
+{
+    return (pair & 0xFFFFU) + (pair >> 16);
+}
+
+/* As above. */
+SHOAL_INLINE const uint32_t *differences(const uint8_t *x, const uint32_t *masks, uint32_t quads,
+                                         uint32_t tail, struct lanes *sums)
+{
+    struct lanes s = {0U, 0U, 0U, 0U};
     for (uint32_t q = 0U; q < quads; q++) {
         const uint32_t values = q + 1U == quads ? load4(x) & tail : load4(x);
-        for (uint32_t lane = 0U; lane < SHOAL_LANES; lane++) {
-            const uint32_t taken = values ^ masks[lane];
-            pairs[lane] += (taken & 0xFF00FFU) + ((taken >> 8) & 0xFF00FFU);
-        }
+        s.of0 += in_pairs(values ^ masks[0]);
+        s.of1 += in_pairs(values ^ masks[1]);
+        s.of2 += in_pairs(values ^ masks[2]);
+        s.of3 += in_pairs(values ^ masks[3]);
         x += 4;
         masks += SHOAL_LANES;
     }
-    for (uint32_t lane = 0U; lane < SHOAL_LANES; lane++) {
-        sums[lane] += (pairs[lane] & 0xFFFFU) + (pairs[lane] >> 16);
-    }
+    sums->of0 += both(s.of0);
+    sums->of1 += both(s.of1);
+    sums->of2 += both(s.of2);
+    sums->of3 += both(s.of3);
     return masks;
 }
 
 #endif
 
 /* A row of four filters as bits. rows: of the kernel; to: of the first filter. */
-static void pixel_row(const struct shoal_pixel_convp *k, const uint8_t *const *rows,
-                      const uint32_t *masks, uint32_t first, uint8_t *to)
+SHOAL_INLINE void pixel_row(const struct shoal_pixel_convp *k, const uint8_t *const *rows,
+                            const uint32_t *masks, uint32_t quads, uint32_t first, uint8_t *to)
 {
     const uint32_t left = k->pool.filters - first;
     const uint32_t lanes = left < SHOAL_LANES ? left : SHOAL_LANES;
-    uint32_t begin[SHOAL_LANES] = {0U, 0U, 0U, 0U};
-    for (uint32_t lane = 0U; lane < lanes; lane++) {
-        begin[lane] = 0U - k->limits[first + lane];
-    }
-    uint32_t offset = 0U;
+    const uint32_t *const limits = k->limits + first;
+    struct lanes begin = {0U - limits[0], 0U, 0U, 0U};
+    begin.of1 = lanes > 1U ? 0U - limits[1] : 0U;
+    begin.of2 = lanes > 2U ? 0U - limits[2] : 0U;
+    begin.of3 = lanes > 3U ? 0U - limits[3] : 0U;
+    const uint32_t tail = k->tail;
+    const uint32_t channels = k->channels;
+    const uint8_t *top = rows[0];
+    const uint8_t *middle = rows[1];
+    const uint8_t *bottom = rows[2];
     for (uint32_t column = 0U; column < k->pool.width; column += 8U) {
         const uint32_t rest = k->pool.width - column;
         const uint32_t count = rest < 8U ? rest : 8U;
-        /* The sign says that the limit is not reached; it wanders down from the top. */
-        uint32_t below[SHOAL_LANES] = {0U, 0U, 0U, 0U};
+        /* A byte a filter. The sign says that the limit is not reached; it wanders down. */
+        uint32_t below = 0U;
         for (uint32_t i = 0U; i < count; i++) {
-            uint32_t sums[SHOAL_LANES] = {begin[0], begin[1], begin[2], begin[3]};
+            struct lanes sums = begin;
             const uint32_t *at = masks;
-            at = differences(rows[0] + offset, at, k->row_quads, k->tail, sums);
-            at = differences(rows[1] + offset, at, k->row_quads, k->tail, sums);
-            (void)differences(rows[2] + offset, at, k->row_quads, k->tail, sums);
-            for (uint32_t lane = 0U; lane < SHOAL_LANES; lane++) {
-                below[lane] = (below[lane] >> 1) | (sums[lane] & 0x80000000U);
-            }
-            offset += k->channels;
+            at = differences(top, at, quads, tail, &sums);
+            at = differences(middle, at, quads, tail, &sums);
+            (void)differences(bottom, at, quads, tail, &sums);
+            below = ((below >> 1) & 0x7F7F7F7FU) | ((sums.of0 >> 31) << 7) |
+                    ((sums.of1 >> 31) << 15) | ((sums.of2 >> 31) << 23) |
+                    (sums.of3 & 0x80000000U);
+            top += channels;
+            middle += channels;
+            bottom += channels;
         }
         for (uint32_t lane = 0U; lane < lanes; lane++) {
-            to[lane * k->pool.ring_bytes + column / 8U] =
-                (uint8_t)(~below[lane] >> (32U - count));
+            const uint32_t bits = (~below >> (8U * lane)) & 0xFFU;
+            to[lane * k->pool.ring_bytes + column / 8U] = (uint8_t)(bits >> (8U - count));
         }
     }
 }
@@ -265,7 +297,12 @@ void shoal_pixel_convp(const struct shoal_pixel_convp *k, const uint8_t *input, 
             if ((y == 0U) || (p->filters > SHOAL_LANES)) {
                 spread_weights(k, f, masks);
             }
-            pixel_row(k, rows, masks, f, to + f * p->ring_bytes);
+            uint8_t *const ring = to + f * p->ring_bytes;
+            if (k->row_quads == 3U) {
+                pixel_row(k, rows, masks, 3U, f, ring);
+            } else {
+                pixel_row(k, rows, masks, k->row_quads, f, ring);
+            }
         }
         pool_rows(p, rings, y + 1U, &next, output);
     }
@@ -280,7 +317,7 @@ struct matches {
 
 #define SHOAL_PATTERNS 8U
 #define SHOAL_TYPES 9U
-#define SHOAL_LOW_BITS 5U /* of a counter, held in registers */
+#define SHOAL_LOW_BITS 6U /* of a counter, held in registers */
 
 /* Counts for each pattern of three weights; bit 0 of a pattern is the left one. */
 static void count_matches(uint32_t left, uint32_t middle, uint32_t right, struct matches *to)
@@ -364,71 +401,174 @@ static void start_counters(const struct shoal_bit_convp *k, const struct edges *
     }
 }
 
-/* sum + a + b: the low bits stay in sum, the high ones go to carry. */
-#define SHOAL_ADD_TWO(carry, sum, a, b)                                                            \
-    do {                                                                                           \
-        const uint32_t either = (sum) ^ (a);                                                       \
-        const uint32_t second = (b);                                                               \
-        (carry) = ((sum) & (a)) | (either & second);                                               \
-        (sum) = either ^ second;                                                                   \
-    } while (0)
+/* sum + a + b of bits: the low bits stay in sum, the high ones are given. */
+SHOAL_INLINE uint32_t add_two(uint32_t *sum, uint32_t a, uint32_t b)
+{
+    const uint32_t either = *sum ^ a;
+    const uint32_t carry = (*sum & a) | (either & b);
+    *sum = either ^ b;
+    return carry;
+}
 
-#define SHOAL_ADD_ONE(carry, sum, a)                                                               \
-    do {                                                                                           \
-        const uint32_t added = (a);                                                                \
-        (carry) = (sum) & added;                                                                   \
-        (sum) ^= added;                                                                            \
-    } while (0)
+SHOAL_INLINE uint32_t add_one(uint32_t *sum, uint32_t a)
+{
+    const uint32_t carry = *sum & a;
+    *sum ^= a;
+    return carry;
+}
 
-/* Adds the matches of `channels` channels, an even number, to a counter. */
+/* Low bits of a counter of 32 pixels. */
+struct counter {
+    uint32_t c0, c1, c2, c3;
+};
+
+/* What is carried from the low bits: two words of sixteens. */
+struct carried {
+    uint32_t a, b;
+};
+
+#if defined(__thumb2__) && defined(__GNUC__)
+
+/* Carry in a, sum in place; lr is lost. */
+#define SHOAL_ADD(sum, a, b)                                                                       \
+    "eor lr, " sum ", " a "\n\t"                                                                   \
+    "and " a ", " a ", " sum "\n\t"                                                                \
+    "eor " sum ", lr, " b "\n\t"                                                                   \
+    "and lr, lr, " b "\n\t"                                                                        \
+    "orr " a ", " a ", lr\n\t"
+
+#define SHOAL_HALF_ADD(carry, sum, a)                                                              \
+    "and " carry ", " sum ", " a "\n\t"                                                            \
+    "eor " sum ", " sum ", " a "\n\t"
+
+#define SHOAL_LOOK_UP(low, high, at, offset)                                                       \
+    "ubfx " low ", %[w], #" at ", #3\n\t"                                                          \
+    "add " low ", %[tables], " low ", lsl #3\n\t"                                                  \
+    "ldrd " low ", " high ", [" low ", #" offset "]\n\t"
+
+/* The differing bits of two words each, added; the carry. */
+#define SHOAL_DIFFER(carry)                                                                        \
+    "ldrd r8, r9, [%[x]], #8\n\t"                                                                  \
+    "ldrd r12, lr, [%[y]], #8\n\t"                                                                 \
+    "eor r8, r8, r12\n\t"                                                                          \
+    "eor r9, r9, lr\n\t"                                                                           \
+    "eor lr, %[c0], r8\n\t"                                                                        \
+    "and " carry ", %[c0], r8\n\t"                                                                 \
+    "eor %[c0], lr, r9\n\t"                                                                        \
+    "and lr, lr, r9\n\t"                                                                           \
+    "orr " carry ", " carry ", lr\n\t"
+
+/* Adds the matches of two channels. In assembly because it needs every register. */
+SHOAL_INLINE struct carried add_pair(const struct matches *tables, const uint16_t *weights,
+                                     struct counter *c)
+{
+    struct carried out;
+    uint32_t w;
+    memcpy(&w, weights, sizeof w);
+    __asm__(SHOAL_LOOK_UP("%[a]", "%[b]", "0", "0") SHOAL_LOOK_UP("r8", "r9", "3", "64")
+            SHOAL_ADD("%[c0]", "%[a]", "r8") SHOAL_ADD("%[c1]", "%[b]", "r9")
+            SHOAL_LOOK_UP("r8", "r9", "6", "128") SHOAL_LOOK_UP("r10", "r11", "16", "192")
+            SHOAL_ADD("%[c0]", "r8", "r10") SHOAL_ADD("%[c1]", "r9", "r11")
+            SHOAL_ADD("%[c1]", "%[a]", "r8") SHOAL_ADD("%[c2]", "%[b]", "r9")
+            SHOAL_LOOK_UP("r8", "r9", "19", "256") SHOAL_LOOK_UP("r10", "r11", "22", "320")
+            SHOAL_ADD("%[c0]", "r8", "r10") SHOAL_ADD("%[c1]", "r9", "r11")
+            SHOAL_ADD("%[c2]", "%[a]", "r9") SHOAL_HALF_ADD("r10", "%[c1]", "r8")
+            SHOAL_ADD("%[c3]", "%[b]", "%[a]") SHOAL_HALF_ADD("r8", "%[c2]", "r10")
+            SHOAL_HALF_ADD("%[a]", "%[c3]", "r8")
+            : [c0] "+r"(c->c0), [c1] "+r"(c->c1), [c2] "+r"(c->c2), [c3] "+r"(c->c3),
+              [a] "=&r"(out.a), [b] "=&r"(out.b)
+            : [tables] "r"(tables), [w] "r"(w)
+            : "r8", "r9", "r10", "r11", "lr", "memory");
+    return out;
+}
+
+/* Adds in how many of eight words the bits differ; gives the carried eights. */
+SHOAL_INLINE uint32_t add_eight(const uint32_t *a, const uint32_t *b, struct counter *c)
+{
+    uint32_t out;
+    __asm__(SHOAL_DIFFER("%[out]") SHOAL_DIFFER("r10") SHOAL_ADD("%[c1]", "%[out]", "r10")
+            SHOAL_DIFFER("r10") SHOAL_DIFFER("r11") SHOAL_ADD("%[c1]", "r10", "r11")
+            SHOAL_ADD("%[c2]", "%[out]", "r10")
+            : [c0] "+r"(c->c0), [c1] "+r"(c->c1), [c2] "+r"(c->c2), [out] "=&r"(out),
+              [x] "+r"(a), [y] "+r"(b)
+            :
+            : "r8", "r9", "r10", "r11", "r12", "lr", "memory");
+    return out;
+}
+
+#else
+
+SHOAL_INLINE struct carried add_pair(const struct matches *tables, const uint16_t *weights,
+                                     struct counter *c)
+{
+    struct carried out;
+    const uint32_t w = weights[0];
+    const uint32_t w2 = weights[1];
+    const struct matches *a = &tables[w & 7U];
+    const struct matches *b = &tables[8U + ((w >> 3) & 7U)];
+    const uint32_t two0 = add_two(&c->c0, a->low, b->low);
+    const uint32_t four0 = add_two(&c->c1, a->high, b->high);
+    a = &tables[16U + ((w >> 6) & 7U)];
+    b = &tables[24U + (w2 & 7U)];
+    const uint32_t two1 = add_two(&c->c0, a->low, b->low);
+    const uint32_t four1 = add_two(&c->c1, a->high, b->high);
+    const uint32_t four2 = add_two(&c->c1, two0, two1);
+    const uint32_t eight0 = add_two(&c->c2, four0, four1);
+    a = &tables[32U + ((w2 >> 3) & 7U)];
+    b = &tables[40U + ((w2 >> 6) & 7U)];
+    const uint32_t two2 = add_two(&c->c0, a->low, b->low);
+    const uint32_t four3 = add_two(&c->c1, a->high, b->high);
+    const uint32_t eight1 = add_two(&c->c2, four2, four3);
+    const uint32_t four4 = add_one(&c->c1, two2);
+    out.b = add_two(&c->c3, eight0, eight1);
+    const uint32_t eight2 = add_one(&c->c2, four4);
+    out.a = add_one(&c->c3, eight2);
+    return out;
+}
+
+SHOAL_INLINE uint32_t add_eight(const uint32_t *a, const uint32_t *b, struct counter *c)
+{
+    const uint32_t two0 = add_two(&c->c0, a[0] ^ b[0], a[1] ^ b[1]);
+    const uint32_t two1 = add_two(&c->c0, a[2] ^ b[2], a[3] ^ b[3]);
+    const uint32_t four0 = add_two(&c->c1, two0, two1);
+    const uint32_t two2 = add_two(&c->c0, a[4] ^ b[4], a[5] ^ b[5]);
+    const uint32_t two3 = add_two(&c->c0, a[6] ^ b[6], a[7] ^ b[7]);
+    const uint32_t four1 = add_two(&c->c1, two2, two3);
+    const uint32_t eight = add_two(&c->c2, four0, four1);
+    return eight;
+}
+
+#endif
+
+/* Adds the matches of `channels` channels to a counter, four at a time; tables and weights of the
+ * last ones are filled up with zeros. */
 static void add_matches(const struct matches *tables, const uint16_t *weights, uint32_t channels,
                         const uint32_t *from, uint32_t *to, uint32_t counter_bits)
 {
-    uint32_t c0 = from[0];
-    uint32_t c1 = from[1];
-    uint32_t c2 = from[2];
-    uint32_t c3 = from[3];
+    struct counter c = {from[0], from[1], from[2], from[3]};
     uint32_t c4 = from[4];
+    uint32_t c5 = from[5];
     for (uint32_t bit = SHOAL_LOW_BITS; bit < counter_bits; bit++) {
         to[bit] = from[bit];
     }
-    for (uint32_t channel = 0U; channel < channels; channel += 2U) {
-        uint32_t two0, two1, two2, four0, four1, four2, four3, four4;
-        uint32_t eight0, eight1, eight2, sixteen0, sixteen1, carry;
-        const uint32_t w = weights[channel];
-        const struct matches *a = &tables[w & 7U];
-        const struct matches *b = &tables[8U + ((w >> 3) & 7U)];
-        SHOAL_ADD_TWO(two0, c0, a->low, b->low);
-        SHOAL_ADD_TWO(four0, c1, a->high, b->high);
-        a = &tables[16U + ((w >> 6) & 7U)];
-        const uint32_t w2 = weights[channel + 1U];
-        b = &tables[24U + (w2 & 7U)];
-        SHOAL_ADD_TWO(two1, c0, a->low, b->low);
-        SHOAL_ADD_TWO(four1, c1, a->high, b->high);
-        SHOAL_ADD_TWO(four2, c1, two0, two1);
-        SHOAL_ADD_TWO(eight0, c2, four0, four1);
-        a = &tables[32U + ((w2 >> 3) & 7U)];
-        b = &tables[40U + ((w2 >> 6) & 7U)];
-        SHOAL_ADD_TWO(two2, c0, a->low, b->low);
-        SHOAL_ADD_TWO(four3, c1, a->high, b->high);
-        SHOAL_ADD_TWO(eight1, c2, four2, four3);
-        SHOAL_ADD_ONE(four4, c1, two2);
-        SHOAL_ADD_TWO(sixteen0, c3, eight0, eight1);
-        SHOAL_ADD_ONE(eight2, c2, four4);
-        SHOAL_ADD_ONE(sixteen1, c3, eight2);
-        SHOAL_ADD_TWO(carry, c4, sixteen0, sixteen1);
+    for (uint32_t channel = 0U; channel < channels; channel += 4U) {
+        struct carried sixteens = add_pair(tables, weights, &c);
+        const uint32_t first = add_two(&c4, sixteens.a, sixteens.b);
+        sixteens = add_pair(tables + 6U * SHOAL_PATTERNS, weights + 2, &c);
+        const uint32_t second = add_two(&c4, sixteens.a, sixteens.b);
+        uint32_t carry = add_two(&c5, first, second);
         for (uint32_t bit = SHOAL_LOW_BITS; bit < counter_bits; bit++) {
-            const uint32_t before = to[bit];
-            to[bit] = before ^ carry;
-            carry &= before;
+            carry = add_one(&to[bit], carry);
         }
-        tables += 6U * SHOAL_PATTERNS;
+        tables += 12U * SHOAL_PATTERNS;
+        weights += 4;
     }
-    to[0] = c0;
-    to[1] = c1;
-    to[2] = c2;
-    to[3] = c3;
+    to[0] = c.c0;
+    to[1] = c.c1;
+    to[2] = c.c2;
+    to[3] = c.c3;
     to[4] = c4;
+    to[5] = c5;
 }
 
 void shoal_bit_convp(const struct shoal_bit_convp *k, const uint8_t *input, uint8_t *output,
@@ -436,7 +576,7 @@ void shoal_bit_convp(const struct shoal_bit_convp *k, const uint8_t *input, uint
 {
     const struct shoal_bit_pool *const p = &k->pool;
     const uint32_t words = (uint32_t)p->filters * k->counter_bits;
-    const uint32_t weight_row = k->channels + k->channels % 2U;
+    const uint32_t weight_row = (k->channels + 3U) / 4U * 4U;
     struct matches *const tables = (struct matches *)scratch;
     uint32_t *const starts = (uint32_t *)(void *)(tables + 3U * SHOAL_PATTERNS * k->block);
     uint32_t *const counters = starts + words;
@@ -466,9 +606,7 @@ void shoal_bit_convp(const struct shoal_bit_convp *k, const uint8_t *input, uint
                 }
                 plane += k->in_plane;
             }
-            if ((channels % 2U) != 0U) {
-                memset(table, 0, 3U * SHOAL_PATTERNS * sizeof *table);
-            }
+            memset(table, 0, (0U - channels) % 4U * 3U * SHOAL_PATTERNS * sizeof *table);
             const uint32_t *from = first == 0U ? starts : counters;
             uint32_t *to = counters;
             const uint16_t *weights = k->weights + first;
@@ -500,39 +638,45 @@ static inline uint32_t ones_in(uint32_t x)
     return (x * 0x01010101U) >> 24;
 }
 
+/* Ones, each word's worth twice that of the one before. */
+static uint32_t weighed_ones(const struct counter *c)
+{
+    const uint32_t pairs = 0x33333333U;
+    const uint32_t a = c->c0 - ((c->c0 >> 1) & 0x55555555U);
+    const uint32_t b = c->c1 - ((c->c1 >> 1) & 0x55555555U);
+    const uint32_t d = c->c2 - ((c->c2 >> 1) & 0x55555555U);
+    const uint32_t e = c->c3 - ((c->c3 >> 1) & 0x55555555U);
+    /* In four bits at most 12, in eight 24 and then 120. */
+    const uint32_t low = (a & pairs) + ((a >> 2) & pairs) +
+                         2U * ((b & pairs) + ((b >> 2) & pairs));
+    const uint32_t high = (d & pairs) + ((d >> 2) & pairs) +
+                          2U * ((e & pairs) + ((e >> 2) & pairs));
+    const uint32_t bytes = (low & 0x0F0F0F0FU) + ((low >> 4) & 0x0F0F0F0FU) +
+                           4U * ((high & 0x0F0F0F0FU) + ((high >> 4) & 0x0F0F0F0FU));
+    const uint32_t halves = (bytes & 0xFF00FFU) + ((bytes >> 8) & 0xFF00FFU);
+    return (halves & 0xFFFFU) + (halves >> 16);
+}
+
 /* In how many bits words differ: counted in words of ones, twos, fours and eights. */
 static uint32_t differing(const uint32_t *a, const uint32_t *b, uint32_t words)
 {
-    uint32_t ones = 0U;
-    uint32_t twos = 0U;
-    uint32_t fours = 0U;
-    uint32_t eights = 0U;
+    struct counter c = {0U, 0U, 0U, 0U};
     uint32_t count = 0U;
-    uint32_t i = 0U;
-    for (; i + 16U <= words; i += 16U) {
-        uint32_t eight[2];
-        for (uint32_t half = 0U; half < 2U; half++) {
-            uint32_t two0, two1, four0, four1;
-            SHOAL_ADD_TWO(two0, ones, a[0] ^ b[0], a[1] ^ b[1]);
-            SHOAL_ADD_TWO(two1, ones, a[2] ^ b[2], a[3] ^ b[3]);
-            SHOAL_ADD_TWO(four0, twos, two0, two1);
-            SHOAL_ADD_TWO(two0, ones, a[4] ^ b[4], a[5] ^ b[5]);
-            SHOAL_ADD_TWO(two1, ones, a[6] ^ b[6], a[7] ^ b[7]);
-            SHOAL_ADD_TWO(four1, twos, two0, two1);
-            SHOAL_ADD_TWO(eight[half], fours, four0, four1);
-            a += 8;
-            b += 8;
-        }
-        uint32_t sixteens;
-        SHOAL_ADD_TWO(sixteens, eights, eight[0], eight[1]);
-        count += 16U * ones_in(sixteens);
+    for (; words >= 16U; words -= 16U) {
+        const uint32_t first = add_eight(a, b, &c);
+        const uint32_t second = add_eight(a + 8, b + 8, &c);
+        const uint32_t sixteens = add_two(&c.c3, first, second);
+        count += ones_in(sixteens);
+        a += 16;
+        b += 16;
     }
-    for (; i < words; i++) {
+    count = 16U * count + weighed_ones(&c);
+    for (; words != 0U; words--) {
         count += ones_in(*a ^ *b);
         a++;
         b++;
     }
-    return count + ones_in(ones) + 2U * ones_in(twos) + 4U * ones_in(fours) + 8U * ones_in(eights);
+    return count;
 }
 
 void shoal_bit_fc(const struct shoal_bit_fc *k, const uint32_t *input, uint32_t *output)
@@ -566,9 +710,42 @@ void shoal_bit_exit(const struct shoal_bit_exit *k, const uint32_t *input, int8_
 
 /* ---- bits as they travel -------------------------------------------------------------------- */
 
+/* Bit i of a byte as bit 4 * i. */
+static uint32_t every_fourth(uint32_t x)
+{
+    x = (x | (x << 12)) & 0x000F000FU;
+    x = (x | (x << 6)) & 0x03030303U;
+    return (x | (x << 3)) & 0x11111111U;
+}
+
+static uint32_t bits_reversed(uint32_t x)
+{
+    x = ((x >> 1) & 0x55555555U) | ((x & 0x55555555U) << 1);
+    x = ((x >> 2) & 0x33333333U) | ((x & 0x33333333U) << 2);
+    return ((x >> 4) & 0x0F0F0F0FU) | ((x & 0x0F0F0F0FU) << 4);
+}
+
+/* Whole bytes of four channels. */
+static void four_channels_out(const struct shoal_bit_map *k, const uint8_t *planes,
+                              uint8_t *output)
+{
+    for (uint32_t byte = 0U; byte < (uint32_t)k->height * k->row_bytes; byte++) {
+        const uint8_t *const at = planes + k->first + byte;
+        const uint32_t word = every_fourth(at[0]) | (every_fourth(at[k->plane]) << 1) |
+                              (every_fourth(at[2U * k->plane]) << 2) |
+                              (every_fourth(at[3U * k->plane]) << 3);
+        store_bytes(output, bits_reversed(word), 4U);
+        output += 4;
+    }
+}
+
 void shoal_bits_out(const struct shoal_bit_map *k, const uint8_t *planes, uint8_t *output)
 {
     uint32_t bits = 1U; /* the one tells how many there are */
+    if ((k->channels == 4U) && (k->width % 8U == 0U)) {
+        four_channels_out(k, planes, output);
+        return;
+    }
     for (uint32_t y = 0U; y < k->height; y++) {
         const uint8_t *const row = planes + k->first + y * k->row_bytes;
         for (uint32_t x = 0U; x < k->width; x++) {

@@ -58,13 +58,14 @@ void shoal_pixel_convp(const struct shoal_pixel_convp *k, const uint8_t *input, 
  */
 struct shoal_bit_convp {
     struct shoal_bit_pool pool;
-    const uint16_t *weights; /* filters times channels, made even: bits 0..2 the upper row from left to right,
+    const uint16_t *weights; /* filters times channels, filled up to fours with zeros: bits
+                                0..2 the upper row from left to right,
                                 3..5 the middle one, 6..8 the lower one; 1 = +1 */
     const uint16_t *starts;  /* nine a filter: what the counter begins with so that its highest bit
                                 says the answer; rows first, middle, last times columns likewise */
     uint16_t channels;
-    uint16_t block;          /* channels at a time: even, at least 2 */
-    uint16_t counter_bits;   /* 5 .. 16 */
+    uint16_t block;          /* channels at a time: a multiple of 4 */
+    uint16_t counter_bits;   /* 6 .. 16 */
     uint32_t in_plane;       /* bytes from a plane to the next */
 };
 
