@@ -1,6 +1,6 @@
 """Firmware under attack, and whether it fits: power cuts, fuzzing, a bad line, whole images.
 
-python -m benchmarks.firmware power [--kills 300] [--keep]
+python -m benchmarks.firmware power [--kills 300] [--seed 0] [--add] [--keep]
 python -m benchmarks.firmware fuzz [--seconds 600] [--keep]
 python -m benchmarks.firmware line [--inferences 1000] [--keep]
 python -m benchmarks.firmware size [--keep]
@@ -43,10 +43,17 @@ from benchmarks.record import (
 from exporter.codegen import generate, write_piece
 from exporter.codegen.host import HostPiece
 from firmware_tools.board import Board, board_names, load_board
-from firmware_tools.build import Sources, build_boot_host, build_fuzzer, build_image
+from firmware_tools.build import (
+    Sources,
+    build_boot_host,
+    build_bootloader,
+    build_fuzzer,
+    build_image,
+    fuzz_command,
+)
 from firmware_tools.bundle import build_part, open_part
-from firmware_tools.emulate import Emulation, start_bootloader
-from firmware_tools.flash import flash_stm32
+from firmware_tools.emulate import Emulation, flash_options
+from firmware_tools.flash import enter_bootloader, flash_stm32
 from firmware_tools.size import measure
 from firmware_tools.slot_image import with_header
 from tests.firmware_toys import BadLine, sources
@@ -62,10 +69,15 @@ KEPT, TRIAL, RETURNED = 0, 1, 2
 # Power cuts.
 
 
-def power(kills: int) -> dict[str, Any]:
+def power(kills: int, seed: int, add: bool) -> dict[str, Any]:
     """QEMU killed at random moments of updates; an exit at every write of one update."""
     with tempfile.TemporaryDirectory() as name:
-        result = _kills(Path(name), kills)
+        result = _kills(Path(name), kills, seed)
+        if add and (RESULTS / "firmware_power.json").exists():
+            before = load("firmware_power")
+            result["kills"] += before["kills"]
+            for name_of in ("phases", "outcomes"):
+                result[name_of] = dict(Counter(before[name_of]) + Counter(result[name_of]))
         result["writes"] = {
             board: _every_write(Path(name), load_board(board))
             for board in board_names()
@@ -82,7 +94,7 @@ class _Update:
         self._board = load_board(BOARD)
         assert self._board.slots is not None
         self._origins = self._board.slots.origin
-        self._folder = folder / "bootloader"
+        self._bootloader = build_bootloader(self._board, folder / "bootloader")
         self._flash = folder / "flash.bin"
         self._images = []
         for slot in (0, 1):
@@ -104,7 +116,7 @@ class _Update:
 
     def start(self) -> Emulation:
         """Power on."""
-        return start_bootloader(self._board, self._folder, self._flash)
+        return Emulation(self._bootloader, extra=flash_options(self._flash))
 
     def restore(self) -> None:
         """The flash as it was before the update."""
@@ -127,11 +139,7 @@ class _Update:
     def run(self, emulation: Emulation) -> None:
         """The update; `phase` tells how far it is."""
         self.phase = "reboot to the bootloader"
-        port = SerialPort(emulation.port)
-        try:
-            LineClient(port).reboot(to_bootloader=True)
-        finally:
-            port.close()
+        enter_bootloader(emulation.port, 115_200)
         self.phase = "erase"
         half = len(self._images[1])
         done = 0
@@ -147,13 +155,13 @@ class _Update:
         self.phase = "done"
 
 
-def _kills(folder: Path, kills: int) -> dict[str, Any]:
+def _kills(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     update = _Update(folder)
     with update.start() as emulation:
         began_s = time.monotonic()
         update.run(emulation)
         whole_s = time.monotonic() - began_s
-    rng = random.Random(0)
+    rng = random.Random(seed)
     phases: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
     for number in range(kills):
@@ -239,10 +247,7 @@ def fuzz(seconds: float) -> dict[str, Any]:
     """Parser and loop for so many seconds of processor time, from nothing, in one process."""
     with tempfile.TemporaryDirectory() as name:
         program, which = build_fuzzer(sources(), Path(name))
-        if which == "libFuzzer":
-            command = [str(program), f"-max_total_time={seconds:.0f}", "-seed=1", "-max_len=2048"]
-        else:
-            command = [str(program), str(seconds), "1"]
+        command = fuzz_command(program, which, seconds)
         ran = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False)
     said = (ran.stdout or ran.stderr).strip().splitlines()
     return {
@@ -483,11 +488,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help="write results/firmware_WHAT.json")
     parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("--add", action="store_true", help="to the kills kept before")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--inferences", type=int, default=1000)
     arguments = parser.parse_args()
     measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "power": lambda: power(arguments.kills),
+        "power": lambda: power(arguments.kills, arguments.seed, arguments.add),
         "fuzz": lambda: fuzz(arguments.seconds),
         "line": lambda: line(arguments.inferences),
         "size": size,

@@ -17,6 +17,7 @@ from .slot_image import HEADER_BYTES, with_header
 
 FIRMWARE = Path(__file__).parent / "firmware"
 HARNESS = Path(__file__).parent / "harness"
+LIBFUZZER = "libFuzzer"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 STACK_BYTES = 8192
 WATCHDOG_S = 20
@@ -253,7 +254,7 @@ def build_fuzzer(sources: Sources, out: Path) -> tuple[Path, str]:
         files = map(str, [*target, *plain])
         command = ["clang", *flags, "-fsanitize=fuzzer", *files, "-o", str(program), "-lm"]
         _compile(command, 0, 0)
-        return program, "libFuzzer"
+        return program, LIBFUZZER
     cc = compiler("host")
     objects = []
     for path in (*plain, HARNESS / "fuzz_driver.c"):
@@ -263,6 +264,13 @@ def build_fuzzer(sources: Sources, out: Path) -> tuple[Path, str]:
     followed = ["-fsanitize-coverage=trace-pc", *map(str, target)]
     _compile([cc, *flags, *followed, *objects, "-o", str(program), "-lm"], 0, 0)
     return program, "coverage-guided, firmware_tools/harness/fuzz_driver.c"
+
+
+def fuzz_command(program: Path, which: str, seconds: float, seed: int = 1) -> list[str]:
+    """The command that fuzzes for so long with what `build_fuzzer` gave; it fails at a finding."""
+    if which == LIBFUZZER:
+        return [str(program), f"-max_total_time={seconds:.0f}", f"-seed={seed}", "-max_len=2048"]
+    return [str(program), str(seconds), str(seed)]
 
 
 def _slot_files(board: Board) -> list[Path]:

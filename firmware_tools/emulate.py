@@ -181,11 +181,15 @@ def start_bootloader(board: Board, folder: Path, flash_file: Path) -> Emulation:
     """
     if board.slots is None:
         raise ShoalError(f"{board.name} has no bootloader of ours", "boards that have: mps2-an386")
+    return Emulation(build_bootloader(board, folder), extra=flash_options(flash_file))
+
+
+def flash_options(flash_file: Path) -> tuple[str, ...]:
+    """QEMU's arguments for a flash that is a file; made, all erased, where there is none."""
     if not flash_file.exists():
         flash_file.write_bytes(b"\xff" * FLASH_FILE_BYTES)
     memory = f"memory-backend-file,id=flash,size=16M,mem-path={flash_file},share=on"
-    extra = ("-object", memory, "-machine", "memory-backend=flash")
-    return Emulation(build_bootloader(board, folder), extra=extra)
+    return ("-object", memory, "-machine", "memory-backend=flash")
 
 
 def start_part(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from agent.protocol.errors import DeviceUnreachable, ShoalError
 from agent.protocol.fleet import SerialLine
@@ -13,9 +15,11 @@ from agent.protocol.frames import Identity
 from agent.protocol.line import LineClient
 from agent.protocol.port import SerialPort
 
+T = TypeVar("T")
 BY_ID = Path("/dev/serial/by-id")
 PIP_LINE = "pip install 'shoal[firmware]'"
 _BLOCK_BYTES = 256
+_TRIES = 3
 RESTART_TIMEOUT_S = 30.0
 SILENCE_S = 1.5
 """After this much of it, a bootloader waits for a new command: it gives up on one after 1 s."""
@@ -178,17 +182,26 @@ def flash_stm32(
     except OSError as error:
         raise DeviceUnreachable(f"{path}: cannot be opened: {error}") from None
     loader = Stm32Bootloader(connection, verbosity=0)
+
+    def persistently(ask: Callable[[], T]) -> T:
+        # A lost or late byte costs one command. A block may be written twice at no harm.
+        for _ in range(_TRIES - 1):
+            with contextlib.suppress(CommandError):
+                return ask()
+            _wait_for_silence(connection)
+        return ask()
+
     try:
         loader.reset_from_system_memory()
         _erase(loader)
         padded = content + b"\xff" * (-len(content) % 4)
         for at in range(0, len(padded), _BLOCK_BYTES):
             part = padded[at : at + _BLOCK_BYTES]
-            loader.write_memory(address + at, bytearray(part))
+            persistently(partial(loader.write_memory, address + at, bytearray(part)))
             progress(min(len(part), len(content) - at))
         for at in range(0, len(content), _BLOCK_BYTES):
             part = content[at : at + _BLOCK_BYTES]
-            read = bytes(loader.read_memory(address + at, len(part)))
+            read = bytes(persistently(partial(loader.read_memory, address + at, len(part))))
             if read != part:
                 raise ShoalError(f"what was written at 0x{address + at:08x} reads back otherwise")
             progress(len(part))
@@ -201,6 +214,14 @@ def flash_stm32(
         ) from None
     finally:
         connection.serial_connection.close()
+
+
+def _wait_for_silence(connection: Any) -> None:
+    before = connection.timeout
+    connection.timeout = SILENCE_S
+    while connection.read(1):
+        pass
+    connection.timeout = before
 
 
 def _erase(loader: object) -> None:

@@ -18,7 +18,7 @@ import pytest
 from firmware_toys import missing, sources, work
 from toy_fleet import toy_bundle
 
-from agent.protocol.errors import DeviceUnreachable, ShoalError
+from agent.protocol.errors import DeviceUnreachable, ShoalError, WireError
 from agent.protocol.line import LineClient
 from agent.protocol.manifest import read_manifest
 from agent.protocol.port import SerialPort
@@ -242,6 +242,31 @@ def test_update_through_stm32loader_is_kept_and_rolled_back(board: BootBoard) ->
         assert wait_for_trial(board)
     with board.start() as emulation:
         assert identity_of(emulation) == (1, RETURNED, 2)
+
+
+def roll_back(emulation: Emulation) -> None:
+    port = SerialPort(emulation.port)
+    try:
+        LineClient(port).roll_back()
+    finally:
+        port.close()
+
+
+def test_confirmed_image_gives_way_to_the_one_before_it_when_asked(board: BootBoard) -> None:
+    with board.start() as emulation:
+        write_slot(emulation, 0, slot_image(0, 1))
+        assert identity_of(emulation) == (0, KEPT, 1)
+        with pytest.raises(WireError, match="REBOOT with: refused"):
+            roll_back(emulation)  # there is no other
+        to_bootloader(emulation)
+        write_slot(emulation, 1, slot_image(1, 2))
+        assert identity_of(emulation) == (1, KEPT, 2)
+        roll_back(emulation)
+        assert identity_of(emulation) == (0, KEPT, 1)
+    with board.start() as emulation:
+        assert identity_of(emulation) == (0, KEPT, 1)
+        roll_back(emulation)
+        assert identity_of(emulation) == (1, KEPT, 2)
 
 
 def wait_for_trial(board: BootBoard) -> bool:

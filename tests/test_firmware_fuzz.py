@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
+from pathlib import Path
 
+import pytest
 from firmware_toys import missing, sources, work
 
 from agent.protocol import frames
 from agent.protocol.errors import ShoalError
 from agent.protocol.frames import Frame, FrameKind, FrameReader, encode_frame
-from firmware_tools.build import build_image
+from firmware_tools import build as firmware_build
+from firmware_tools.build import SANITIZERS, build_fuzzer, build_image, fuzz_command
 
 SECONDS = float(os.environ.get("SHOAL_FUZZ_S", "2"))
 ROUND_FRAMES = 3000
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+FIND_S = 30.0
 
 
 def command(rng: random.Random) -> bytes:
@@ -74,3 +78,35 @@ def test_nothing_on_the_line_harms_the_loop() -> None:
         replies = FrameReader().feed(ran.stdout)
         assert replies[-1].sequence == 4242
         assert replies[-1].kind == FrameKind.STATISTICS | frames.REPLY
+
+
+def fuzzed(folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    try:
+        program, which = build_fuzzer(sources(), folder)
+    except ShoalError as error:
+        missing(f"a C compiler with sanitizers ({error.message[:80]})")
+    return subprocess.run(
+        fuzz_command(program, which, seconds), cwd=folder,
+        capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+
+
+def test_fuzzing_by_coverage_finds_nothing(tmp_path: Path) -> None:
+    ran = fuzzed(tmp_path, SECONDS)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+
+
+def test_fuzzing_finds_a_bound_that_is_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    firmware = tmp_path / "firmware"
+    shutil.copytree(firmware_build.FIRMWARE, firmware)
+    agent = firmware / "shoal_agent.c"
+    text, bound = agent.read_text(), "(length > (total - offset))"
+    assert bound in text
+    agent.write_text(text.replace(bound, "(length > (total + 4U - offset))"))
+    monkeypatch.setattr(firmware_build, "FIRMWARE", firmware)
+    ran = fuzzed(tmp_path / "out", FIND_S)
+    assert ran.returncode != 0
+    assert "beyond the result" in ran.stderr or "AddressSanitizer" in ran.stderr
+    assert list((tmp_path / "out").glob("finding.bin")) or "libFuzzer" in ran.stderr

@@ -5,6 +5,7 @@ Used by the gateway and by the firmware tools; opening a port is theirs.
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 import zlib
@@ -97,7 +98,8 @@ class LineClient:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._reader = FrameReader()
-        self._sequence = 0
+        # Not where another client of the same line began, whose replies may still be on the way.
+        self._sequence = int.from_bytes(os.urandom(2), "little")
         self._request = int.from_bytes(struct.pack("<d", time.time())[:4], "little")
         self._credit_bytes = frames.MAX_FRAME_BYTES
         self.repeated = 0
