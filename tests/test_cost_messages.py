@@ -122,10 +122,10 @@ def test_a_broker_gives_what_a_device_says_to_all_that_take_the_like_from_it() -
 def sample(rng: np.random.Generator, processor: Processor) -> tuple[PieceWork, float]:
     layers = []
     for _ in range(rng.integers(1, 8)):
-        outputs, channels = int(rng.integers(1, 100)), int(rng.integers(1, 70))
-        reduction = int(rng.integers(9, 500))
-        values = outputs * channels
-        layers.append(LayerWork(values * reduction, values, values, 10, reduction, channels))
+        channels, read, taps = (int(x) for x in rng.integers((1, 1, 1), (70, 60, 10)))
+        values, weights = int(rng.integers(1, 100)) * channels, channels * read * taps
+        macs = values * read * taps
+        layers.append(LayerWork(macs, values, values, weights, read * taps, channels, taps))
         if rng.random() < 0.5:
             layers.append(LayerWork(0, values // 4, values))
     work = PieceWork(tuple(layers), 0, 0, 1, 1, 1)
@@ -143,15 +143,13 @@ def fitted_like(processor: Processor) -> Platform:
 def test_a_processor_is_found_from_what_it_took() -> None:
     said = {
         "macs": "40 G/s", "elements": "2 G/s", "outputs": "3 G/s", "per_layer": "2 us",
-        "per_piece": "30 us", "lanes": 8,
+        "per_piece": "30 us", "lanes": 8, "depth": 4, "weights": "1 G/s",
     }  # fmt: skip
     constants = {name: {"value": value, "source": "drawn"} for name, value in said.items()}
     truth = Processor.model_validate({"kind": "processor", **constants})
     rng = np.random.default_rng(0)
     found = fit_processor([sample(rng, truth) for _ in range(40)], "measured")
-    assert found.lanes is not None
-    assert found.lanes.value == 8
-    for name in ("macs", "elements", "outputs", "per_layer", "per_piece"):
+    for name in said:
         assert getattr(found, name).value == pytest.approx(getattr(truth, name).value, rel=1e-3)
     with pytest.raises(DataError, match="measure at least 6"):
         fit_processor([sample(rng, truth)] * 5, "measured")
@@ -160,7 +158,7 @@ def test_a_processor_is_found_from_what_it_took() -> None:
 def test_a_slowed_processor_takes_as_many_times_as_long() -> None:
     said = {
         "macs": "40 G/s", "elements": "2 G/s", "outputs": "3 G/s", "per_layer": "2 us",
-        "per_piece": "30 us", "lanes": 8,
+        "per_piece": "30 us", "lanes": 8, "depth": 4, "weights": "1 G/s",
     }  # fmt: skip
     constants = {name: {"value": value, "source": "drawn"} for name, value in said.items()}
     processor = Processor.model_validate({"kind": "processor", **constants})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,19 +12,21 @@ from agent.protocol.errors import DataError
 from exporter.methods.edgent.profile import non_negative_least_squares
 
 from .platform import Constant, Platform, Processor
-from .work import LayerWork, PieceWork
+from .work import PieceWork, filled
 
 LANES = (1, 4, 8, 16, 32)
-"""Channels that a processor may calculate together: none, or a vector register's int8 or int32."""
+DEPTHS = (1, 2, 4, 8, 16)
+"""Channels that a processor may make or read together: one, or what its vector registers hold."""
 FASTEST = 1e18
 """A second, where what takes no time was found."""
 
 
 def fit_processor(samples: Sequence[tuple[PieceWork, float]], source: str) -> Processor:
-    """The constants with the least squared relative error, lanes tried one by one.
+    """The constants with the least squared relative error, lanes and depths tried one by one.
 
-    seconds = macs / rate (channels filled up to lanes) + values rounded and stored / rate
-            + values of layers without macs / rate + layers * per_layer + per_piece
+    seconds = macs / rate + values rounded and stored / rate, both filled up to lanes and depth,
+            + weights / rate + values of layers without macs / rate
+            + layers * per_layer + per_piece
 
     Args:
         samples: Pieces and the seconds that each took; of several sizes and kinds of layers.
@@ -39,23 +41,23 @@ def fit_processor(samples: Sequence[tuple[PieceWork, float]], source: str) -> Pr
             "measure at least 6 pieces of several sizes",
         )
     seconds = np.array([taken for _, taken in samples])
-    best: tuple[float, int, NDArray[np.float64]] | None = None
-    for lanes in LANES:
-        table = np.array([_features(work, lanes) for work, _ in samples], np.float64)
+    best: tuple[float, int, int, NDArray[np.float64]] | None = None
+    for lanes, depth in product(LANES, DEPTHS):
+        table = np.array([_features(work, lanes, depth) for work, _ in samples], np.float64)
         weights = non_negative_least_squares(table / seconds[:, None], np.ones(len(samples)))
         error = float(((table @ weights / seconds - 1) ** 2).sum())
         if best is None or error < best[0]:
-            best = error, lanes, weights
+            best = error, lanes, depth, weights
     assert best is not None
-    _, lanes, weights = best
-    rates = [float(1 / weight) if weight > 1 / FASTEST else FASTEST for weight in weights[:3]]
-    said = {
-        "macs": f"{rates[0]:.0f} /s",
-        "outputs": f"{rates[1]:.0f} /s",
-        "elements": f"{rates[2]:.0f} /s",
-        "per_layer": f"{weights[3]:.18f} s",
-        "per_piece": f"{weights[4]:.18f} s",
+    _, lanes, depth, weights = best
+    rates = [float(1 / weight) if weight > 1 / FASTEST else FASTEST for weight in weights[:4]]
+    names = ("macs", "outputs", "weights", "elements")
+    said: dict[str, object] = {
+        **{name: f"{rate:.0f} /s" for name, rate in zip(names, rates, strict=True)},
+        "per_layer": f"{weights[4]:.18f} s",
+        "per_piece": f"{weights[5]:.18f} s",
         "lanes": lanes,
+        "depth": depth,
     }
     constants = {name: {"value": value, "source": source} for name, value in said.items()}
     return Processor.model_validate({"kind": "processor", **constants})
@@ -93,7 +95,7 @@ def slowed(platform: Platform, factor: float) -> Platform:
     if not isinstance(compute, Processor):
         raise DataError(f"{platform.platform} is no processor: only those can be slowed")
     changed = {}
-    for name in ("macs", "elements", "outputs"):
+    for name in ("macs", "elements", "outputs", "weights"):
         constant = getattr(compute, name)
         if constant is not None:
             changed[name] = _constant(constant.value / factor, constant.source)
@@ -103,20 +105,18 @@ def slowed(platform: Platform, factor: float) -> Platform:
     return platform.model_copy(update={"compute": compute.model_copy(update=changed)})
 
 
-def _features(work: PieceWork, lanes: int) -> list[float]:
+def _features(work: PieceWork, lanes: int, depth: int) -> list[float]:
     kernels = [layer for layer in work.layers if layer.macs]
     others = [layer for layer in work.layers if not layer.macs]
+    full = [filled(layer, lanes, depth) for layer in kernels]
     return [
-        sum(layer.macs * _filled(layer, lanes) for layer in kernels),
-        sum(layer.outputs for layer in kernels),
+        sum(macs for macs, _ in full),
+        sum(outputs for _, outputs in full),
+        sum(layer.weights for layer in kernels),
         sum(max(layer.outputs, layer.inputs) for layer in others),
         len(work.layers),
         1,
     ]
-
-
-def _filled(layer: LayerWork, lanes: int) -> float:
-    return ceil(layer.channels / lanes) * lanes / layer.channels
 
 
 def _constant(value: float, source: str) -> Constant[float]:

@@ -89,8 +89,10 @@ class Processor(Contract):
     Attributes:
         macs: Multiply-accumulates.
         elements: Of layers without them.
-        lanes: Channels of a layer that are calculated together; the last ones may be too few.
+        lanes: Channels that a layer makes together; the last ones may be too few, and take as long.
+        depth: Channels read that are multiplied and summed together, likewise.
         outputs: Values that layers with multiply-accumulates round and store, beside these.
+        weights: Weights that they read from wherever they are kept, beside these.
     """
 
     kind: Literal["processor"]
@@ -99,7 +101,9 @@ class Processor(Contract):
     per_layer: Constant[Seconds]
     per_piece: Constant[Seconds]
     lanes: Constant[Count] | None = None
+    depth: Constant[Count] | None = None
     outputs: Constant[PerSecond] | None = None
+    weights: Constant[PerSecond] | None = None
 
 
 class OnChip(Contract):

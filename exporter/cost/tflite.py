@@ -53,6 +53,7 @@ def _layer(graph: Graph, operator: Operator) -> LayerWork:
         weights=weights,
         reduction=reduction,
         channels=1 if depthwise else kernel[0],
+        taps=0 if depthwise else prod(kernel[1:-1]),
     )
 
 

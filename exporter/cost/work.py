@@ -28,6 +28,8 @@ class LayerWork:
         weights: Weights and biases.
         reduction: Products summed for one output; 0 for element-wise layers.
         channels: Filters or units.
+        taps: Positions at which each output sums over all channels read; 0 where it does not, as
+            in depthwise layers.
     """
 
     macs: int
@@ -36,6 +38,7 @@ class LayerWork:
     weights: int = 0
     reduction: int = 0
     channels: int = 1
+    taps: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def _layer_work(graph: LayerGraph, layer: Layer) -> LayerWork:
         weights=layer.inference_parameters,
         reduction=reduction,
         channels=1 if depthwise else layer.channels,
+        taps=0 if depthwise or not kernel else prod(kernel[:-2]),
     )
 
 
@@ -312,12 +316,33 @@ def _on_processor(layer: LayerWork, compute: Processor) -> float:
     """Seconds of a layer's arithmetic."""
     if not layer.macs:
         return max(layer.outputs, layer.inputs) / compute.elements.value
-    full = 1.0
-    if compute.lanes is not None:
-        lanes = compute.lanes.value
-        full = ceil(layer.channels / lanes) * lanes / layer.channels
-    seconds = layer.macs * full / compute.macs.value
-    return seconds if compute.outputs is None else seconds + layer.outputs / compute.outputs.value
+    full_macs, full_outputs = filled(
+        layer,
+        1 if compute.lanes is None else compute.lanes.value,
+        1 if compute.depth is None else compute.depth.value,
+    )
+    seconds = full_macs / compute.macs.value
+    if compute.outputs is not None:
+        seconds += full_outputs / compute.outputs.value
+    if compute.weights is not None:
+        seconds += layer.weights / compute.weights.value
+    return seconds
+
+
+def filled(layer: LayerWork, lanes: int, depth: int) -> tuple[float, float]:
+    """Multiply-accumulates and outputs of a layer if all that works together is counted.
+
+    Args:
+        layer: One with multiply-accumulates.
+        lanes: Channels made together.
+        depth: Channels read together.
+    """
+    if not layer.taps:
+        return float(layer.macs), float(layer.outputs)
+    read = layer.reduction // layer.taps
+    wider = ceil(layer.channels / lanes) * lanes / layer.channels
+    deeper = ceil(read / depth) * depth / read
+    return layer.macs * wider * deeper, layer.outputs * wider
 
 
 def _overhead(compute: Array | Systolic | Processor) -> float:
