@@ -19,6 +19,7 @@ from agent.protocol.errors import DataError, DeviceUnreachable, WireError
 from agent.protocol.fleet import Fleet
 from agent.protocol.manifest import Manifest
 from agent.protocol.messages import (
+    Choice,
     Decision,
     Header,
     Request,
@@ -26,6 +27,7 @@ from agent.protocol.messages import (
     decode,
     decode_text,
     encode,
+    encode_text,
     prepare_decisions,
 )
 from agent.protocol.plan import FRAME
@@ -46,6 +48,7 @@ class Pending:
 
     Attributes:
         request: Its id, as decisions show it.
+        picked: Whether its strategy was picked by what was measured, and not asked for.
         sent_s, decided_s: When it was sent, when its decision came (None before), on the
             monotonic clock.
     """
@@ -56,8 +59,11 @@ class Pending:
         request: str,
         timeout_s: float,
         instead: tuple[int, float] | None = None,
+        *,
+        picked: bool = False,
     ) -> None:
         self.request = request
+        self.picked = picked
         self.sent_s = time.monotonic()
         self.decided_s: float | None = None
         self._instead = instead
@@ -227,6 +233,7 @@ class Asker:
         whole_ms = max(1, math.ceil(self.fleet.deadline_ms if deadline_ms is None else deadline_ms))
         with self._lock:
             instead = None
+            picked = strategy is None and self.adapter is not None
             if strategy is None and self.adapter is not None:
                 gone = [x for x, said in self._statuses.items() if said is not Status.ONLINE]
                 strategy = self.adapter.pick(gone, whole_ms)
@@ -234,7 +241,9 @@ class Asker:
             number = self._next_number()
             for name in [name for name, item in self._pending.items() if item.expired]:
                 del self._pending[name]
-            pending = Pending(self, f"{number:016x}", whole_ms / 1e3 + MARGIN_S, instead)
+            pending = Pending(
+                self, f"{number:016x}", whole_ms / 1e3 + MARGIN_S, instead, picked=picked
+            )
             self._pending[pending.request] = pending
             if self._measured is not None:
                 self._measured[number] = pending.tally
@@ -320,7 +329,10 @@ class Asker:
         """The error for a request that nobody decided."""
         device = self._aggregator(0)
         with self._lock:
-            self._pending.pop(request, None)
+            pending, first = self._pending.pop(request, None), self._asked.get(request)
+        if pending is not None and first is not None:
+            self._tell_choice(pending, first, None)
+        with self._lock:
             return DeviceUnreachable(
                 f"no decision on request {request} within {timeout_s:g} s; {self._how_is(device)}",
                 "see who answers: shoal monitor"
@@ -415,10 +427,32 @@ class Asker:
                 self._decided.popitem(last=False)
             for name in [name for name, item in self._pending.items() if item is pending]:
                 del self._pending[name]
+            first = None if pending is None else self._asked.get(pending.request)
         if pending is not None:
             pending.settle(decision)
         if self.adapter is not None:
             self._adapt(decision)
+        if pending is not None and first is not None:
+            self._tell_choice(pending, first, decision)
+
+    def _tell_choice(self, pending: Pending, asked: _Asked, decision: Decision | None) -> None:
+        """Tell which strategy was picked for a request, for whoever watches."""
+        if self.adapter is None or not pending.picked:
+            return
+        took_ms = None if decision is None else pending.round_trip_ms
+        limit_ms = min(self.adapter.limit_ms, float(asked.deadline_ms))
+        choice = Choice(
+            plan=self.manifest.plan_id,
+            request=pending.request,
+            boot=f"{self._boot:08x}",
+            strategy=self.manifest.plan.strategies[asked.strategy].name,
+            answered=None if decision is None else decision.strategy,
+            limit_ms=limit_ms,
+            round_trip_ms=took_ms,
+            late=took_ms is None or took_ms > limit_ms,
+            bits_per_s=self.adapter.bits_per_s,
+        )
+        self._link.publish(self._topics.choice, encode_text(choice))
 
     def _adapt(self, decision: Decision) -> None:
         """Learn the bandwidth from a decision; if none has told it for long, send a probe."""

@@ -6,6 +6,17 @@ between them here, in user space: for kernels without the netem queueing discipl
     shoal netem --rate "1 Mbit/s" --delay "20 ms" -- shoal run --device server --broker 10.213.7.1
 
 runs a command behind such a link; the machine is 10.213.7.1 for it, and it is 10.213.7.2.
+
+From Python, in a `with` block, as many links as have different subnets:
+
+    conditions = Conditions(Schedule([(1.0, 1.5e6)]), delay_s=0.005)      # bit/s, each way its own
+    with EmulatedLink(conditions, conditions, subnet=61) as link, \
+            start_broker(host=link.outside) as broker:
+        line = [sys.executable, "-m", "agent", "run", "--device", "server", "--bundle", bundle]
+        server = subprocess.Popen(link.command([*line, "--broker", f"{broker.host}:{broker.port}"]))
+
+A trace (`read_trace`) begins when the link does, and anew with `link.restart()`. Packets are
+carried by a thread of the process that holds the link: give it a processor that is not busy.
 """
 
 from __future__ import annotations
@@ -108,6 +119,10 @@ class Shaper:
         self._sent_bits = 0.0
         self._random = random.Random(seed)
 
+    def restart(self) -> None:
+        """Times begin at 0 again, and nothing is in the queue."""
+        self._sent_bits = 0.0
+
     def offer(self, now_s: float, size_bytes: int) -> float | None:
         """Take a packet.
 
@@ -153,6 +168,7 @@ class EmulatedLink:
         self.dropped = 0
         self._shapers = (Shaper(out, 1), Shaper(back, 2))
         self._stop = threading.Event()
+        self._begin_anew = threading.Event()
         self._thread: threading.Thread | None = None
         self._files: list[int] = []
 
@@ -188,6 +204,10 @@ class EmulatedLink:
             self._thread.join(5)
         self._clean()
 
+    def restart(self) -> None:
+        """Begin the trace anew: what was sent until now is on its way and keeps its time."""
+        self._begin_anew.set()
+
     def command(self, words: Sequence[str]) -> list[str]:
         """A command as it is run behind the link."""
         return ["ip", "netns", "exec", self.namespace, *words]
@@ -210,6 +230,13 @@ class EmulatedLink:
         count = 0
         while not self._stop.is_set():
             now_s = time.monotonic() - start_s
+            if self._begin_anew.is_set():
+                self._begin_anew.clear()
+                # All by the same amount: the heap stays one.
+                waiting = [(at_s - now_s, n, target, packet) for at_s, n, target, packet in waiting]
+                start_s, now_s = start_s + now_s, 0.0
+                for shaper in self._shapers:
+                    shaper.restart()
             while waiting and waiting[0][0] <= now_s:
                 _, _, target, packet = heapq.heappop(waiting)
                 try:

@@ -88,13 +88,18 @@ class Throttled:
         return max(self._piece.warm_up(runs), self._seconds)
 
 
-def take_priority() -> bool:
-    """Real-time priority for this process and those that it starts, if it can be had."""
+@contextmanager
+def real_time() -> Iterator[bool]:
+    """Real-time priority for this process and those that it starts; whether it could be had."""
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(PRIORITY))
     except OSError:
-        return False
-    return True
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def run_slow_device(bundle: Path, device: str, broker: str, seconds: Mapping[str, float]) -> None:
@@ -158,7 +163,8 @@ def profile(model: Any) -> Path:
     ):
         timings = WORK / f"{kind}.json"
         command = [sys.executable, "-m", "agent", "time", str(folder), "--runtime", runtime]
-        subprocess.run([*command, "--rounds", rounds, "-o", str(timings)], check=True)
+        with real_time():
+            subprocess.run([*command, "--rounds", rounds, "-o", str(timings)], check=True)
         times = read_timings(timings)
         slow = {name: factor * value for name, value in times.latency_ms.items()}
         machine = f"{times.machine}, times {factor:g}"
@@ -328,68 +334,77 @@ def calibrate(bundle: Path, manifest: Manifest, seconds: Mapping[str, float]) ->
     return float((statistics.median(took[5:]) - known) / costs.messages[strategy])
 
 
-def measure(requests: int, grid_requests: int) -> dict[str, Any]:
-    """Everything."""
+def measure(requests: int, grid_requests: int, *, again: bool) -> dict[str, Any]:
+    """Everything; `again`: with the bundle of the last time."""
     from agent.adapt import cost_table
-    from benchmarks.edgent_alexnet import trained
 
     WORK.mkdir(parents=True, exist_ok=True)
-    model = trained()
-    real_time = take_priority()
-    profiles = profile(model)
-    bundle = export(model, profiles)
+    profiles, bundle = WORK / "profiles.json", WORK / "bundle"
+    if not again:
+        from benchmarks.edgent_alexnet import trained
+
+        model = trained()
+        bundle = export(model, profile(model))
     manifest = read_manifest(bundle)
-    alone = time_pieces(bundle, "eye")
-    seconds = {name: FACTOR * value for name, value in alone.items()}
-    link_ms = calibrate(bundle, manifest, seconds)
-    print(f"a message takes {link_ms:.2f} ms", file=sys.stderr)
-    manifest = with_link_ms(manifest, link_ms)
+    with real_time() as priority:
+        alone = time_pieces(bundle, "eye")
+        seconds = {name: FACTOR * value for name, value in alone.items()}
+        link_ms = calibrate(bundle, manifest, seconds)
+        print(f"a message takes {link_ms:.2f} ms", file=sys.stderr)
+        manifest = with_link_ms(manifest, link_ms)
+        predictions, grid = ask_all(bundle, manifest, seconds, requests, grid_requests)
+    assert manifest.plan.adaptation is not None
+    costs = cost_table(manifest.plan.adaptation)
+    return {
+        "link_ms": round(link_ms, 3),
+        "delay_ms": DELAY_MS,
+        "factor": FACTOR,
+        "real_time": priority,
+        "alone_ms": {name: round(1e3 * value, 3) for name, value in alone.items()},
+        "profiles": _profile_rows(profiles),
+        "strategies": [
+            {"name": strategy.name, "accuracy": round(float(costs.accuracy[i]), 4)}
+            for i, strategy in enumerate(manifest.plan.strategies)
+        ],
+        "predictions": predictions,
+        "grid": grid,
+        "circumstances": circumstances("ai-edge-litert", "tflite-micro", "numpy"),
+    }
+
+
+def ask_all(
+    bundle: Path,
+    manifest: Manifest,
+    seconds: Mapping[str, float],
+    requests: int,
+    grid_requests: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """At each rate every strategy by itself, then strategies as they are picked by deadline."""
+    from agent.adapt import cost_table
+
     plan = manifest.plan
     assert plan.adaptation is not None
     costs = cost_table(plan.adaptation)
-    names = [strategy.name for strategy in plan.strategies]
     labels = np.load(bundle / "labels.npy")
     predictions, grid = [], []
     for rate in RATES:
         with asking(bundle, manifest, rate, seconds) as asker:
-            for index, name in enumerate(names):
+            for index, strategy in enumerate(plan.strategies):
                 took = []
                 for sample in range(requests + 1):
                     pending = asker.submit(None, sample=sample, deadline_ms=60_000, strategy=index)
                     pending.result()
                     took.append(round(pending.round_trip_ms, 2))
                     drain(rate)
-                predicted = float(costs.latency_ms(rate)[index])
-                predictions.append(
-                    {
-                        "rate": rate,
-                        "strategy": name,
-                        "predicted_ms": round(predicted, 2),
-                        "measured_ms": took[1:],
-                    }
-                )
-                print(rate, name, round(predicted, 1), took[1:], file=sys.stderr, flush=True)
+                predicted = round(float(costs.latency_ms(rate)[index]), 2)
+                row = {"rate": rate, "strategy": strategy.name, "predicted_ms": predicted}
+                predictions.append(row | {"measured_ms": took[1:]})
+                print(predictions[-1], file=sys.stderr, flush=True)
             for limit in LIMITS_MS:
-                grid.append(
-                    {"rate": rate, "limit_ms": limit}
-                    | _ask_in_time(asker, plan, labels, rate, limit, grid_requests)
-                )
+                point = _ask_in_time(asker, plan, labels, rate, limit, grid_requests)
+                grid.append({"rate": rate, "limit_ms": limit} | point)
                 print(grid[-1], file=sys.stderr, flush=True)
-    return {
-        "link_ms": round(link_ms, 3),
-        "delay_ms": DELAY_MS,
-        "factor": FACTOR,
-        "real_time": real_time,
-        "alone_ms": {name: round(1e3 * value, 3) for name, value in alone.items()},
-        "profiles": _profile_rows(profiles),
-        "strategies": [
-            {"name": name, "accuracy": round(float(costs.accuracy[i]), 4)}
-            for i, name in enumerate(names)
-        ],
-        "predictions": predictions,
-        "grid": grid,
-        "circumstances": circumstances("ai-edge-litert", "tflite-micro", "numpy"),
-    }
+    return predictions, grid
 
 
 def _profile_rows(path: Path) -> list[dict[str, Any]]:
@@ -584,11 +599,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=6, help="Of each strategy at each rate.")
     parser.add_argument("--grid-requests", type=int, default=17, help="At each point of the grid.")
+    parser.add_argument("--again", action="store_true", help="With the bundle of the last time.")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help="save the result")
     chosen = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    result = measure(chosen.requests, chosen.grid_requests)
+    result = measure(chosen.requests, chosen.grid_requests, again=chosen.again)
     return report(NAME, result, rows(result), as_json=chosen.json, keep=chosen.keep)
 
 

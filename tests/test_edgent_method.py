@@ -6,9 +6,11 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import io
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import Mosquitto
+from rich.console import Console
 from support import eventually
 from test_adapt import table
 from test_netem import free_subnet, needs_root
@@ -24,11 +27,17 @@ from agent.ask import Asker
 from agent.broker import start_broker
 from agent.device import RunningDevice
 from agent.link import BrokerAddress
+from agent.monitor.events import Event
+from agent.monitor.state import apply_all, initial
+from agent.monitor.view import render
+from agent.monitor.watch import Watcher
 from agent.netem import Conditions, EmulatedLink, Schedule
 from agent.protocol.errors import DataError, PlanDoesNotFit
 from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest, read_manifest
+from agent.protocol.messages import Choice
 from agent.protocol.plan import Output
+from agent.target import Target
 from exporter import cli, pipeline
 from exporter.data import DataSet, load_data
 from exporter.method_options import method_options
@@ -279,6 +288,68 @@ def test_bandwidth_of_an_emulated_link_is_measured_and_minded(
             server.wait(10)
 
     assert rate / 4 < measured < rate * 2
+
+
+@needs_root
+@pytest.mark.broker
+def test_monitor_shows_a_replayed_link_the_strategies_and_the_misses(
+    bundle: Path, manifest: Manifest, mosquitto: Mosquitto, data: DataSet
+) -> None:
+    assert manifest.plan.adaptation is not None
+    sends = {
+        strategy.name
+        for strategy, cost in zip(
+            manifest.plan.strategies, manifest.plan.adaptation.costs, strict=True
+        )
+        if cost.sent_bytes
+    }
+    fleet, frame = load_fleet(bundle / "fleet.yaml"), data.test.frames[0]
+    conditions = Conditions(Schedule([(3.0, 5e6), (60.0, 2e4)]), delay_s=0.001)
+    with (
+        EmulatedLink(conditions, conditions, subnet=free_subnet()) as link,
+        start_broker(host=link.outside) as broker,
+    ):
+        target = Target(fleet, manifest, BrokerAddress(broker.host, broker.port))
+        line = [sys.executable, "-m", "agent", "run", "--device", "server"]
+        line += ["--bundle", str(bundle), "--broker", f"{broker.host}:{broker.port}"]
+        server = subprocess.Popen(link.command(line), stderr=subprocess.DEVNULL)
+        eye = RunningDevice(bundle, "eye", target.broker, stop=threading.Event())
+        try:
+            eye.start()
+            with Asker(manifest, fleet, target.broker) as asker, Watcher(target) as watcher:
+                state = initial(fleet, target.names, time.time())
+                assert eventually(lambda: len(asker.statuses()) == 2, 30)
+                link.restart()
+                begun_s, fast, slow = time.monotonic(), list[str](), list[str]()
+                while (at_s := time.monotonic() - begun_s) < 8:
+                    chosen = asker.ask(frame).strategy
+                    if at_s < 2.5 or at_s > 6:
+                        (fast if at_s < 2.5 else slow).append(chosen)
+                late_before = asker.ask(frame, deadline_ms=1)
+                assert late_before.best_guess is not None
+                seen: list[Event] = []
+                assert eventually(
+                    lambda: (
+                        bool(seen.extend(watcher.take(0.1)))
+                        or any(isinstance(x.content, Choice) and x.content.late for x in seen)
+                    )
+                )
+        finally:
+            eye.close()
+            server.terminate()
+            server.wait(10)
+
+    state = apply_all(seen, state)
+    told = [event.content for event in seen if isinstance(event.content, Choice)]
+    assert set(fast) & sends and not set(slow) & sends
+    assert state.choices.told == len(told) > 10 and state.choices.late >= 1
+    assert {choice.strategy for choice in told} >= set(slow)
+    rates = [choice.bits_per_s for choice in told]
+    assert max(rates[: len(fast)]) > 10 * rates[-1]
+    text = io.StringIO()
+    Console(file=text, width=200).print(render(state, time.time()))
+    assert f"{state.choices.late} of {len(told)} late" in text.getvalue()
+    assert slow[-1] in text.getvalue()
 
 
 def test_a_fleet_of_other_roles_is_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from agent.protocol.messages import (
     VERSION,
     Answer,
     Blank,
+    Choice,
     Decision,
     DeviceInfo,
     DeviceStats,
@@ -150,6 +151,17 @@ TEXTS: dict[str, TextMessage] = {
         inference_ms_p50=2.5,
         memory_bytes=44_000_000,
         uptime_s=60.0,
+    ),
+    "choice": Choice(
+        plan="0123abcd",
+        request="00000001cafebabe",
+        boot="feedf00d",
+        strategy="e2-device-first-4",
+        answered="e1-device",
+        limit_ms=100.0,
+        round_trip_ms=120.5,
+        late=True,
+        bits_per_s=1.25e6,
     ),
 }
 TEXT_PAYLOADS = {name: encode_text(message) for name, message in TEXTS.items()}
@@ -477,6 +489,7 @@ def test_other_bytes_are_no_status(payload: bytes) -> None:
 
 NAMES = st.text(max_size=20)
 FLOATS = st.floats(0, 1e12, allow_nan=False)
+HEX64 = st.integers(0, 2**64 - 1).map("{:016x}".format)
 HEX32 = st.integers(0, 2**32 - 1).map("{:08x}".format)
 COUNTS = st.integers(0, 2**60)
 TEXT_MESSAGES: st.SearchStrategy[TextMessage] = st.one_of(
@@ -527,6 +540,18 @@ TEXT_MESSAGES: st.SearchStrategy[TextMessage] = st.one_of(
         inference_ms_p50=FLOATS,
         memory_bytes=COUNTS,
         uptime_s=FLOATS,
+    ),
+    st.builds(
+        Choice,
+        plan=HEX32,
+        request=HEX64,
+        boot=HEX32,
+        strategy=NAMES,
+        answered=st.none() | NAMES,
+        limit_ms=FLOATS,
+        round_trip_ms=st.none() | FLOATS,
+        late=st.booleans(),
+        bits_per_s=FLOATS,
     ),
 )
 

@@ -44,6 +44,7 @@ from agent.protocol.fleet import parse_fleet
 from agent.protocol.messages import (
     Answer,
     Blank,
+    Choice,
     Decision,
     DeviceInfo,
     DeviceStats,
@@ -126,6 +127,14 @@ def stats(device: str = "pi-a") -> DeviceStats:
     )  # fmt: skip
 
 
+def choice(request: int = 7, *, late: bool = False, answered: str | None = "e5-server") -> Choice:
+    return Choice(
+        plan=NAMES.plan, request=f"{request:016x}", boot="000b0071", strategy="e5-server",
+        answered=answered, limit_ms=100.0, round_trip_ms=None if answered is None else 80.0,
+        late=late, bits_per_s=1.5e6,
+    )  # fmt: skip
+
+
 def seen(topic: str, payload: bytes, at_s: float = T0) -> Event:
     return read_event(TOPICS, topic, payload, at_s)
 
@@ -158,6 +167,7 @@ def shown(state: FleetState, width: int = 160) -> str:
         ),
         (TOPICS.decision, encode_text(decision()), decision()),
         (TOPICS.last_decision, encode_text(decision()), decision()),
+        (TOPICS.choice, encode_text(choice()), choice()),
     ],
 )
 def test_message_is_decoded_by_its_topic(topic, payload, content):
@@ -259,6 +269,7 @@ _PAYLOADS = st.one_of(
     st.sampled_from([status.value.encode() for status in Status]),
     st.builds(encode_text, st.builds(info, _DEVICES, st.booleans())),
     st.builds(encode_text, st.builds(stats, _DEVICES)),
+    st.builds(encode_text, st.builds(choice, st.integers(0, 9), late=st.booleans())),
     st.builds(
         encode_text,
         st.builds(
@@ -288,7 +299,14 @@ _PAYLOADS = st.one_of(
 _TOPICS = st.one_of(
     st.builds(TOPICS.device, _DEVICES, _LEAVES),
     st.sampled_from(
-        [TOPICS.request, TOPICS.escalation, TOPICS.decision, TOPICS.last_decision, "other/topic"]
+        [
+            TOPICS.request,
+            TOPICS.escalation,
+            TOPICS.decision,
+            TOPICS.last_decision,
+            TOPICS.choice,
+            "other/topic",
+        ]
     ),
 )
 _EVENTS = st.builds(seen, _TOPICS, _PAYLOADS, st.floats(T0 - 10, T0 + 100)) | st.builds(
@@ -362,6 +380,24 @@ def test_decision_from_before_is_shown_but_not_counted():
     state = apply(seen(TOPICS.last_decision, encode_text(decision())), started())
 
     assert (state.decided, len(state.decisions)) == (0, 1)
+
+
+def test_choices_are_counted_and_shown_with_bandwidth_and_misses():
+    told = [choice(1), choice(2, late=True), choice(3, answered="e1-device")]
+    told.append(choice(4, late=True, answered=None))
+
+    state = apply_all([seen(TOPICS.choice, encode_text(x)) for x in told], started())
+
+    found = snapshot(state, T0 + 1)["choices"]
+    assert (found["told"], found["late"], found["answered_by_another"]) == (4, 2, 1)
+    assert found["strategies"] == {"e5-server": 4}
+    assert found["bits_per_s"] == 1.5e6
+    text = shown(state)
+    for what in ("1.5 Mbit/s", "2 of 4 late", "1 answered by another", "e1-device", "nobody"):
+        assert what in text
+    assert "e5-server, answered by nobody of 100 ms, late, link 1.5 Mbit/s" in as_text(
+        seen(TOPICS.choice, encode_text(told[-1])), NAMES
+    )
 
 
 def test_rate_is_the_mean_of_the_last_seconds():

@@ -77,6 +77,14 @@ def test_as_many_are_lost_as_said():
     assert 900 < lost < 1100
 
 
+def test_a_trace_begins_anew_when_told():
+    shaper = Shaper(Conditions(Schedule([(1.0, 8e5), (1.0, 8e3)])))
+
+    assert shaper.offer(1.0, 1000) == pytest.approx(2.0 + (8000 - 8000) / 8e5)
+    shaper.restart()
+    assert shaper.offer(0.0, 1000) == pytest.approx(0.01)
+
+
 def test_traces_are_read_and_scaled(tmp_path: Path):
     rows = np.array([[1000, 500, 20], [500, 100, 20]])
     np.savez(tmp_path / "logs.npz", drive=rows)

@@ -13,6 +13,7 @@ from agent.protocol.manifest import Manifest
 from agent.protocol.messages import (
     Answer,
     Blank,
+    Choice,
     Decision,
     DeviceInfo,
     DeviceStats,
@@ -50,6 +51,7 @@ Content = (
     | DeviceInfo
     | DeviceStats
     | Decision
+    | Choice
     | Request
     | Answer
     | TensorPart
@@ -104,6 +106,8 @@ _BINARY = {
 def _content(leaf: str, device: str | None, payload: bytes) -> Content:
     if leaf in ("decision", "decision/last"):
         return decode_text(Decision, payload)
+    if leaf == "choice":
+        return decode_text(Choice, payload)
     if leaf in _BINARY and (device is None) == leaf.startswith("infer/"):
         message = decode(payload)
         kind = message.of if isinstance(message, Blank) else message.kind
@@ -188,7 +192,7 @@ def as_json(event: Event, names: Names, *, values: bool = False) -> dict[str, An
         fields["device"] = event.device
     if isinstance(content, Status):
         return fields | {"status": content.value}
-    if isinstance(content, Decision | DeviceInfo | DeviceStats):
+    if isinstance(content, Decision | DeviceInfo | DeviceStats | Choice):
         return fields | content.model_dump(mode="json")
     if isinstance(content, Rejected | Connection):
         return fields | asdict(content)
@@ -272,7 +276,27 @@ def _line(event: Event, names: Names) -> str:
         )
     if isinstance(content, Decision):
         return f"{start} {content.request} {decision_text(content)}"
+    if isinstance(content, Choice):
+        return f"{start} {content.request} {choice_text(content)}"
     return f"{start} {content.header.request:016x} {_binary_text(content, names)}"
+
+
+def choice_text(choice: Choice) -> str:
+    """What was picked, what answered, and whether in time."""
+    text = choice.strategy
+    if choice.answered != choice.strategy:
+        text += f", answered by {choice.answered or 'nobody'}"
+    took = "" if choice.round_trip_ms is None else f" in {choice.round_trip_ms:.0f} ms"
+    late = ", late" if choice.late else ""
+    return f"{text}{took} of {choice.limit_ms:.0f} ms{late}, link {rate_text(choice.bits_per_s)}"
+
+
+def rate_text(bits_per_s: float) -> str:
+    """A bandwidth with its unit."""
+    for unit, size in (("Gbit/s", 1e9), ("Mbit/s", 1e6), ("kbit/s", 1e3)):
+        if bits_per_s >= size:
+            return f"{bits_per_s / size:.3g} {unit}"
+    return f"{bits_per_s:.3g} bit/s"
 
 
 def decision_text(decision: Decision) -> str:

@@ -12,6 +12,7 @@ from agent.protocol.fleet import Fleet
 from agent.protocol.messages import (
     Answer,
     Blank,
+    Choice,
     Decision,
     DeviceInfo,
     DeviceStats,
@@ -88,6 +89,38 @@ class SeenDecision:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What who asks has told of the strategies it picked.
+
+    Attributes:
+        last: The last KEPT_DECISIONS, newest first.
+        told: How many in all.
+        late: How many were not in time.
+        instead: How many were answered by another strategy than the one that was picked.
+        strategies: How often each was picked.
+    """
+
+    last: tuple[Choice, ...] = ()
+    told: int = 0
+    late: int = 0
+    instead: int = 0
+    strategies: Mapping[str, int] = field(default_factory=dict)
+
+    def add(self, choice: Choice) -> Choices:
+        """One more."""
+        counts = dict(self.strategies)
+        if choice.strategy in counts or len(counts) < MAX_STRANGERS:
+            counts[choice.strategy] = counts.get(choice.strategy, 0) + 1
+        return Choices(
+            last=(choice, *self.last)[:KEPT_DECISIONS],
+            told=self.told + 1,
+            late=self.late + choice.late,
+            instead=self.instead + (choice.answered not in (None, choice.strategy)),
+            strategies=counts,
+        )
+
+
+@dataclass(frozen=True)
 class FleetState:
     """What is known of a fleet.
 
@@ -96,6 +129,7 @@ class FleetState:
         node_devices: Device id by node name, from the plan and from what devices say of themselves.
         decisions: The last KEPT_DECISIONS, newest first.
         problem: Why the watcher hears nothing; None while it is connected.
+        choices: Of strategies, where a plan has them picked.
         last_rejected: The latest payload that is no message, for people.
     """
 
@@ -112,6 +146,7 @@ class FleetState:
     unknown: int = 0
     incomplete: int = 0
     rejected: int = 0
+    choices: Choices = field(default_factory=Choices)
     last_rejected: str | None = None
     problem: str | None = None
 
@@ -142,6 +177,8 @@ def apply(event: Event, state: FleetState) -> FleetState:
         state = replace(state, rejected=state.rejected + 1, last_rejected=text)
     elif isinstance(content, Decision):
         state = _decided(event.at_s, event.topic, content, state)
+    elif isinstance(content, Choice):
+        state = replace(state, choices=state.choices.add(content))
     elif isinstance(content, Request):
         state = replace(state, requests=state.requests + 1)
     elif isinstance(content, DeviceInfo) and _has_room(content.device, state):
@@ -231,6 +268,14 @@ def snapshot(state: FleetState, now_s: float) -> dict[str, object]:
         "dont_know": state.unknown,
         "incomplete": state.incomplete,
         "rejected": state.rejected,
+        "choices": {
+            "told": state.choices.told,
+            "late": state.choices.late,
+            "answered_by_another": state.choices.instead,
+            "strategies": dict(state.choices.strategies),
+            "bits_per_s": state.choices.last[0].bits_per_s if state.choices.last else None,
+            "last": [choice.model_dump(mode="json") for choice in state.choices.last],
+        },
         "devices": [
             {
                 "id": device.id,

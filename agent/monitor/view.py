@@ -12,7 +12,7 @@ from rich.text import Text
 from agent.protocol.messages import Status
 from agent.protocol.units import format_bytes
 
-from .events import decision_label, printable
+from .events import decision_label, printable, rate_text
 from .state import DeviceState, FleetState, SeenDecision
 
 _STYLES = {Status.ONLINE: "green", Status.UPDATING: "yellow", Status.OFFLINE: "red"}
@@ -31,6 +31,8 @@ def render(state: FleetState, now_s: float) -> Group:
     """
     parts: list[Text | Table] = [_headline(state, now_s), _devices(state, now_s)]
     parts.append(_decisions(state) if state.decisions else _text("no decision yet", "dim"))
+    if state.choices.told:
+        parts.append(_choices(state))
     if state.last_rejected is not None:
         parts.append(_text(f"{state.rejected} rejected; last: {state.last_rejected}", "yellow"))
     if state.problem is not None:
@@ -106,6 +108,35 @@ def _last_answer(device: DeviceState, state: FleetState) -> Text:
         return _text("don't know", "dim")
     label = state.names.label(answer.header, answer.class_index)
     return _text(f"{label!r} {answer.entropy:.3f}")
+
+
+def _choices(state: FleetState) -> Table:
+    """What was picked for the last requests; above it the bandwidth and how many were late."""
+    choices = state.choices
+    late = f"{choices.late} of {choices.told} late"
+    title = Text.assemble(
+        ("link ", "bold"),
+        rate_text(choices.last[0].bits_per_s),
+        " · ",
+        (late, "red" if choices.late else ""),
+        f" · {choices.instead} answered by another strategy" if choices.instead else "",
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for column in ("strategy", "answered by", "link", "took", "required", ""):
+        right = column in ("link", "took", "required")
+        table.add_column(column, justify="right" if right else "left")
+    for choice in choices.last:
+        took = "-" if choice.round_trip_ms is None else f"{choice.round_trip_ms:.0f} ms"
+        other = choice.answered != choice.strategy
+        table.add_row(
+            _text(choice.strategy),
+            _text(choice.answered or "nobody", "yellow" if other else "dim"),
+            rate_text(choice.bits_per_s),
+            took,
+            f"{choice.limit_ms:.0f} ms",
+            Text("late", "red") if choice.late else Text("in time", "dim"),
+        )
+    return table
 
 
 def _decisions(state: FleetState) -> Table:

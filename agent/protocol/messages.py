@@ -519,14 +519,40 @@ class DeviceStats(Contract):
     uptime_s: NonNegative
 
 
-TextMessage = Decision | DeviceInfo | DeviceStats
-T = TypeVar("T", Decision, DeviceInfo, DeviceStats)
+class Choice(Contract):
+    """Which strategy a request took, and whether its answer was in time: told by who asked.
+
+    Attributes:
+        strategy: That was picked.
+        answered: Strategy of the decision, another one where the first was too slow or its devices
+            were gone; None: nobody decided.
+        limit_ms: The latency required.
+        round_trip_ms: From the request to the decision; None: nobody decided.
+        late: Whether it took longer than required, or was never decided.
+        bits_per_s: The bandwidth as it seems to be, after this request.
+    """
+
+    format: Literal[1] = 1
+    plan: Hex32
+    request: Hex64
+    boot: Hex32
+    strategy: str
+    answered: str | None
+    limit_ms: NonNegative
+    round_trip_ms: NonNegative | None
+    late: bool
+    bits_per_s: NonNegative
+
+
+TextMessage = Decision | DeviceInfo | DeviceStats | Choice
+T = TypeVar("T", Decision, DeviceInfo, DeviceStats, Choice)
 
 
 def prepare_decisions() -> None:
     """Do now what the first decision of a process would wait 50 ms for: build its validators."""
     Latency.model_rebuild()
     Decision.model_rebuild()
+    Choice.model_rebuild()
 
 
 _CANONICAL = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)

@@ -20,6 +20,7 @@ class Topics:
     | `dev/<id>/scores`, `dev/<id>/feat` | 0 | `TensorPart` or `Blank`, binary |
     | `decision` | 1 | `Decision`, JSON |
     | `decision/last` | 1, retained, at most one a second | `Decision`, JSON |
+    | `choice` | 0 | `Choice`, JSON, from who asks, where strategies are picked |
     """
 
     fleet: str
@@ -48,6 +49,11 @@ class Topics:
     def last_decision(self) -> str:
         """The retained copy of a recent decision."""
         return f"{self.root}/decision/last"
+
+    @property
+    def choice(self) -> str:
+        """Where who asks tells which strategy was picked, and whether it was in time."""
+        return f"{self.root}/choice"
 
     def device(self, device_id: str, leaf: str) -> str:
         """Topic of one device (`+`: of all); leaf is status, info, stats, res, scores or feat."""

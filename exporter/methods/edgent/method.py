@@ -139,7 +139,7 @@ class Edgent:
                 _sizes(row, found_chains[way.exit - 1])
                 for way, row in zip(found, stages, strict=True)
             ],
-            {device.id: device.memory_bytes, server.id: server.memory_bytes},
+            {x.id: x.flash_bytes or x.memory_bytes for x in (device, server)},
             count=options.strategies,
             always=[i for i, name in enumerate(kept_names) if name in options.keep],
         )
