@@ -3,6 +3,7 @@
     python -m benchmarks.lcp counts                       # no TensorFlow, at once
     python -m benchmarks.lcp digits [--seeds N]           # minutes: a user's network is split
     python -m benchmarks.lcp train CASE ... [--seeds N]   # hours: the paper's networks
+    python -m benchmarks.lcp fixed CASE ...               # of what is trained, 3.13 alone again
 
 CASE is a key of CASES, such as `lenet/4`. Every run is kept in .cache/lcp and goes on where it was
 interrupted; its result is added to results/lcp.json. The last 5 000 training images tell which
@@ -18,7 +19,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -329,16 +330,28 @@ def traffic() -> list[dict[str, Any]]:
     return rows
 
 
-def trained(name: str, seed: int) -> dict[str, Any]:
-    """Train, export and measure one case."""
-    from exporter import pipeline
-    from exporter.cost import Numbers, piece_cost
+Tell = Callable[[str, int, int], None]
+
+
+def teller(name: str, seed: int) -> Tell:
+    """Prints how far a run is."""
+    began = time.monotonic()
+
+    def tell(what: str, done: int, total: int) -> None:
+        print(
+            f"{name} seed {seed}: {what} {done}/{total}, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+
+    return tell
+
+
+def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
+    """The trained network of a case, its data, and its accuracy on validation data."""
     from exporter.data import Split as Part
     from exporter.data import load_data
-    from exporter.graph import layer_graph
-    from exporter.methods.branches import pruned, settle
+    from exporter.methods.branches import pruned
     from exporter.methods.branches.network import spread
-    from exporter.methods.lcp.fixed_point import fixed_point_logits
     from exporter.quantize.native_stderr import start_tensorflow
 
     start_tensorflow()
@@ -353,20 +366,12 @@ def trained(name: str, seed: int) -> dict[str, Any]:
     data = load_data(str(npz_path(case.data)))
     training = Part(x[:-HELD_OUT], y[:-HELD_OUT])
     data = replace(data, train=training, held_out=Part(x[-HELD_OUT:], y[-HELD_OUT:]))
-    devices = [f"w{i}" for i in range(case.split)]
-    fleet = fleet_of(case.split)
     keras.utils.set_random_seed(seed)
+    devices = [f"w{i}" for i in range(case.split)]
     network = paper_branches(case.network, devices, fatten=case.fatten / 100)
     options = replace(RECIPES[case.data], part_dropout=case.dropout, seed=seed)
-    began = time.monotonic()
 
-    def tell(what: str, done: int, total: int) -> None:
-        print(
-            f"{name} seed {seed}: {what} {done}/{total}, {time.monotonic() - began:.0f} s",
-            flush=True,
-        )
-
-    def taught(taken: Any, how: TrainOptions, about: str) -> float | None:
+    def run(taken: Any, how: TrainOptions, about: str) -> float | None:
         return train(
             taken.models,
             taken.label_loss(how),
@@ -380,16 +385,37 @@ def trained(name: str, seed: int) -> dict[str, Any]:
             progress=tell,
         ).accuracy
 
-    validation = taught(network, options, name.removesuffix(f"-p{case.prune}"))
+    validation = run(network, options, name.removesuffix(f"-p{case.prune}"))
     if case.prune:
         some = data.inputs(data.train.take(spread(len(data.train))).frames)
         network = pruned(network, case.prune / 100, some)
-        validation = taught(network, replace(options, rate=options.rate / 2), name)
+        validation = run(network, replace(options, rate=options.rate / 2), name)
+    return network, data, validation
+
+
+def in_fixed_point(network: Any, data: Any) -> float:
+    """Accuracy on test data in emulated 3.13."""
+    from exporter.methods.branches.network import spread
+    from exporter.methods.lcp.fixed_point import fixed_point_logits
+
+    known = data.inputs(data.held_out.take(spread(len(data.held_out))).frames)
+    logits = fixed_point_logits(network, data.inputs(data.test.frames), known)
+    return float(np.mean(logits.argmax(axis=1) == data.test.labels))
+
+
+def trained(name: str, seed: int) -> dict[str, Any]:
+    """Train, export and measure one case."""
+    from exporter import pipeline
+    from exporter.cost import Numbers, piece_cost
+    from exporter.graph import layer_graph
+    from exporter.methods.branches import settle
+
+    case, tell = CASES[name], teller(name, seed)
+    network, data, validation = taught(name, seed, tell)
+    fleet = fleet_of(case.split)
     exported = pipeline.quantize(network.pieces(data, fleet), data, fleet, "int8", tell)
     settled = settle(network, "lcp", data, fleet, pipeline.runner(exported))
     figures = {key: figure.value for key, figure in settled.figures.items()}
-    known = data.inputs(data.held_out.take(spread(len(data.held_out))).frames)
-    in_fixed = fixed_point_logits(network, data.inputs(data.test.frames), known)
     if case.prune:  # as exported: batch norm is folded away
         costs = [piece_cost(layer_graph(model), Numbers.INT8) for model in network.models]
         params = sum(cost.parameters for cost in costs)
@@ -409,10 +435,10 @@ def trained(name: str, seed: int) -> dict[str, Any]:
         "validation": validation,
         "float": figures["accuracy_fleet_float"],
         "int8": figures["accuracy_fleet"],
-        "fixed": float(np.mean(in_fixed.argmax(axis=1) == data.test.labels)),
+        "fixed": in_fixed_point(network, data),
         "one_lost": figures.get("accuracy_fleet_one_lost"),
         "payload": figures["fleet_payload"],
-        "epochs": options.epochs,
+        "epochs": RECIPES[case.data].epochs,
         "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 
@@ -648,6 +674,8 @@ def main() -> None:
     training = commands.add_parser("train")
     training.add_argument("cases", nargs="+", metavar="CASE", help=", ".join(CASES))
     training.add_argument("--seeds", type=int, default=3)
+    again = commands.add_parser("fixed")
+    again.add_argument("cases", nargs="+", metavar="CASE", help="as above")
     chosen = parser.parse_args()
     if chosen.command == "counts":
         told = result()
@@ -670,6 +698,14 @@ def main() -> None:
         return
     if unknown := [name for name in chosen.cases if name not in CASES]:
         parser.error(f"no case {unknown[0]!r}; there are: {', '.join(CASES)}")
+    if chosen.command == "fixed":
+        for name in chosen.cases:
+            for seed in result()["runs"].get(name, {}):
+                network, data, _ = taught(name, int(seed), teller(name, int(seed)))
+                told = result()
+                told["runs"][name][seed]["fixed"] = in_fixed_point(network, data)
+                save(NAME, told)
+        return
     for seed in range(chosen.seeds):
         for name in chosen.cases:
             told = result()
