@@ -28,14 +28,17 @@ def measured(target: str, tflite: bytes, stored: np.ndarray, folder: Path) -> Me
     return measure_piece(folder, "piece", board, stored.reshape(len(stored), -1), timeout_s=120)
 
 
+@pytest.mark.parametrize("target", ["m4", "m55"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_dsp_kernels_equal_tflite_micro(tmp_path: Path, kind: str) -> None:
+def test_the_dsp_and_vector_kernels_equal_tflite_micro(
+    tmp_path: Path, kind: str, target: str
+) -> None:
     for seed in range(2):
         rng = np.random.default_rng([KINDS.index(kind), seed])
         tflite, shape = convolution(rng, kind)
         stored = samples(rng, shape)
         folder = tmp_path / str(seed)
-        said = measured("m4", tflite, stored, folder)
+        said = measured(target, tflite, stored, folder)
         np.testing.assert_array_equal(said.outputs, micro(tflite, stored))
 
 

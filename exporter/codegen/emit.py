@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -295,8 +296,12 @@ def constant_text(constant: Constant, layer: str) -> str:
         rows = "".join(f"    {row.replace('{name}', layer + '_data')},\n" for row in constant.rows)
         return f"static const {constant.ctype} {name} = {{\n{rows}}};\n"
     aligned = "__attribute__((aligned(4))) " if constant.ctype == "int8_t" else ""
-    body = textwrap.fill(
-        ", ".join(constant.rows), 98, initial_indent="    ", subsequent_indent="    "
-    )
     size = len(constant.rows)
+    body = _filled(constant.rows)
+    if constant.mve_rows:
+        body = f"#if defined(SHOAL_MVE)\n{_filled(constant.mve_rows)}\n#else\n{body}\n#endif"
     return f"static const {constant.ctype} {name}[{size}] {aligned}= {{\n{body}\n}};\n"
+
+
+def _filled(rows: Sequence[str]) -> str:
+    return textwrap.fill(", ".join(rows), 98, initial_indent="    ", subsequent_indent="    ")

@@ -7,7 +7,7 @@ is wrong and what to do; `lower` gathers all of those into one UnsupportedLayer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from .fixed_point import (
     logistic_table,
     requantized_table,
     round_half_away,
+    wrapped,
 )
 from .graph import Graph, Operator, Tensor
 
@@ -38,12 +39,14 @@ class Constant:
         suffix: Its name after the layer's.
         rows: C initializers.
         size_bytes: On a 32-bit target.
+        mve_rows: The same for cores with vectors (MVE), where they want another order.
     """
 
     ctype: str
     suffix: str
     rows: tuple[str, ...]
     size_bytes: int
+    mve_rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +280,10 @@ def _table(ctype: str, suffix: str, values: NDArray[Any]) -> Constant:
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """Each output channel's bias and factor, and whether the fast arithmetic holds."""
+    """Each output channel's bias and factor, and whether the fast arithmetic holds.
+
+    A bias is a macro of two: of inputs less their zero point, and of inputs as they are stored.
+    """
 
     rows: tuple[str, ...]
     fast: bool
@@ -290,6 +296,7 @@ def _factors(
     out_zero: int,
     places: Sequence[int],
     count: int,
+    stored: NDArray[np.int64] | None = None,
 ) -> _Factors:
     """Constants of the output channels, laid out.
 
@@ -300,6 +307,7 @@ def _factors(
         out_zero: Zero point of the output.
         places: Where each channel goes.
         count: How many places there are; what is left over is never stored.
+        stored: (channels,) the biases where inputs keep their zero point, if the kernel has that.
     """
     if (sums >= 2**31).any():
         raise Unsupported("a sum may exceed 32 bits", "use fewer inputs per output")
@@ -311,8 +319,11 @@ def _factors(
         holds = int(sums[channel]) * 2 ** (left + 1) < 2**31
         # The product is at most half of the doubled sum; rounding is added to it.
         fast = fast and holds and right >= 1 and abs(rounding) < 2**30 and left < 31
+        bias = f"{int(biases[channel])}"
+        if stored is not None:
+            bias = f"SHOAL_BIAS({bias}, {wrapped(int(stored[channel]))})"
         rows[place] = (
-            f"{{{int(biases[channel])}, {factor.multiplier}, "
+            f"{{{bias}, {factor.multiplier}, "
             f"{rounding if abs(rounding) < 2**31 else 0}, {left}, {right}, {left + 1}, 0}}"
         )
     return _Factors(tuple(rows), fast)
@@ -420,8 +431,15 @@ def _convolution(
     reach = max(127 - x.zero_point, 128 + x.zero_point)
     sums = np.abs(data.astype(np.int64)).reshape(count, -1).sum(axis=1) * reach + np.abs(biases)
     places = [g * group_pairs * 2 + i for g in range(groups) for i in range(group_outputs)]
+    weight_sums = data.astype(np.int64).reshape(count, -1).sum(axis=1)
     factors = _factors(
-        biases, multipliers, sums, output.zero_point, places, groups * group_pairs * 2
+        biases,
+        multipliers,
+        sums,
+        output.zero_point,
+        places,
+        groups * group_pairs * 2,
+        biases - x.zero_point * weight_sums,
     )
     low, high = _range(operator, output)
     fields = {
@@ -466,7 +484,7 @@ def _convolution(
         _about(operator, [x], output, more),
         (
             _struct("shoal_conv", fields, 72),
-            _table("int8_t", "_weights", packed),
+            replace(_table("int8_t", "_weights", packed), mve_rows=_table("", "", room).rows),
             Constant("struct shoal_channel", "_channels", factors.rows, 16 * len(factors.rows)),
         ),
         segments * _POINTER_BYTES + ring_rows * ring_row * 2 + slab,

@@ -2,6 +2,10 @@
 
 #include <string.h>
 
+#if defined(SHOAL_MVE)
+#include <arm_mve.h>
+#endif
+
 /* ---- fixed point ---------------------------------------------------------------------------- */
 
 /* a * b / 2^31 to nearest, halves up; both are never INT32_MIN at once. */
@@ -246,6 +250,106 @@ static void ring_fill(struct ring *r, const int8_t *input, uint32_t first, uint3
 
 /* ---- convolutions --------------------------------------------------------------------------- */
 
+#if defined(SHOAL_DSP)
+
+#define SHOAL_OUTPUT(sum)                                                                          \
+    "lsl " sum ", " sum ", r10\n\t"                                                                \
+    "smmulr " sum ", " sum ", r8\n\t"                                                              \
+    "add " sum ", " sum ", " sum ", asr #31\n\t"                                                   \
+    "add " sum ", " sum ", r9\n\t"                                                                 \
+    "asr " sum ", " sum ", r11\n\t"                                                                \
+    "ssat " sum ", #8, " sum "\n\t"
+
+#endif
+
+#if defined(SHOAL_MVE)
+
+/* Factors of two channels, twice: those of four sums, and where their bytes go. */
+struct four_outputs {
+    int32x4_t left, multiplier, rounding, right;
+    uint32x4_t places;
+    int32_t low, high;
+};
+
+static struct four_outputs four_outputs_of(const struct shoal_channel *c, const struct output *o,
+                                           uint32_t pitch)
+{
+    const int32_t left[4] = {c[0].left, c[1].left, c[0].left, c[1].left};
+    const int32_t multiplier[4] = {c[0].multiplier, c[1].multiplier, c[0].multiplier,
+                                   c[1].multiplier};
+    const int32_t rounding[4] = {c[0].rounding, c[1].rounding, c[0].rounding, c[1].rounding};
+    const int32_t right[4] = {-c[0].right, -c[1].right, -c[0].right, -c[1].right};
+    const uint32_t places[4] = {0U, 1U, pitch, pitch + 1U};
+    const struct four_outputs f = {vld1q_s32(left),  vld1q_s32(multiplier), vld1q_s32(rounding),
+                                   vld1q_s32(right), vld1q_u32(places),     o->low,
+                                   o->high};
+    return f;
+}
+
+/* Of pixel and channel. */
+struct sums {
+    int32_t of00, of01, of10, of11;
+};
+
+/* As fast_output, four at once. */
+static inline void store_four(const struct four_outputs *f, const struct sums *s, int8_t *to)
+{
+    const int32_t sums[4] = {s->of00, s->of01, s->of10, s->of11};
+    const int32x4_t t = vqrdmulhq_s32(vshlq_s32(vld1q_s32(sums), f->left), f->multiplier);
+    const int32x4_t rounded = vaddq_s32(vaddq_s32(t, vshrq_n_s32(t, 31)), f->rounding);
+    const int32x4_t value = vshlq_s32(rounded, f->right);
+    const int32x4_t inside = vminq_s32(vmaxq_s32(value, vdupq_n_s32(f->low)),
+                                       vdupq_n_s32(f->high));
+    vstrbq_scatter_offset_s32(to, f->places, inside);
+}
+
+/* A stretch of two pixels times two channels. In assembly for the loop whose last turn leaves out
+ * what is beyond `bytes`. */
+static inline void dot_two_by_two(const int8_t *x0, const int8_t *x1, const int8_t *w0,
+                                  const int8_t *w1, uint32_t bytes, struct sums *sums)
+{
+    __asm__("wlstp.8 lr, %[bytes], 2f\n\t"
+            "1:\n\t"
+            "vldrb.8 q0, [%[x0]], #16\n\t"
+            "vldrb.8 q1, [%[w0]], #16\n\t"
+            "vmladava.s8 %[sum00], q0, q1\n\t"
+            "vldrb.8 q2, [%[x1]], #16\n\t"
+            "vmladava.s8 %[sum10], q2, q1\n\t"
+            "vldrb.8 q3, [%[w1]], #16\n\t"
+            "vmladava.s8 %[sum01], q0, q3\n\t"
+            "vmladava.s8 %[sum11], q2, q3\n\t"
+            "letp lr, 1b\n\t"
+            "2:\n\t"
+            : [sum00] "+Te"(sums->of00), [sum01] "+Te"(sums->of01), [sum10] "+Te"(sums->of10),
+              [sum11] "+Te"(sums->of11), [x0] "+r"(x0), [x1] "+r"(x1), [w0] "+r"(w0), [w1] "+r"(w1)
+            : [bytes] "r"(bytes)
+            : "q0", "q1", "q2", "q3", "lr", "cc", "memory");
+}
+
+/* A stretch of one pixel times two channels. */
+static inline void dot_one_by_two(const int8_t *x, const int8_t *w0, const int8_t *w1,
+                                  uint32_t bytes, int32_t *sums)
+{
+    int32_t sum0 = sums[0];
+    int32_t sum1 = sums[1];
+    __asm__("wlstp.8 lr, %[bytes], 2f\n\t"
+            "1:\n\t"
+            "vldrb.8 q0, [%[x]], #16\n\t"
+            "vldrb.8 q1, [%[w0]], #16\n\t"
+            "vmladava.s8 %[sum0], q0, q1\n\t"
+            "vldrb.8 q2, [%[w1]], #16\n\t"
+            "vmladava.s8 %[sum1], q0, q2\n\t"
+            "letp lr, 1b\n\t"
+            "2:\n\t"
+            : [sum0] "+Te"(sum0), [sum1] "+Te"(sum1), [x] "+r"(x), [w0] "+r"(w0), [w1] "+r"(w1)
+            : [bytes] "r"(bytes)
+            : "q0", "q1", "q2", "lr", "cc", "memory");
+    sums[0] = sum0;
+    sums[1] = sum1;
+}
+
+#else
+
 /* What the inner loops need of a convolution. */
 struct dots {
     const int16_t *const *segments; /* a pointer into the ring for each stretch */
@@ -300,14 +404,6 @@ struct row_job {
     uint32_t blocks; /* of two pixels, at least one */
     uint32_t byte;   /* of the group in a pixel */
 };
-
-#define SHOAL_OUTPUT(sum)                                                                          \
-    "lsl " sum ", " sum ", r10\n\t"                                                                \
-    "smmulr " sum ", " sum ", r8\n\t"                                                              \
-    "add " sum ", " sum ", " sum ", asr #31\n\t"                                                   \
-    "add " sum ", " sum ", r9\n\t"                                                                 \
-    "asr " sum ", " sum ", r11\n\t"                                                                \
-    "ssat " sum ", #8, " sum "\n\t"
 
 /* Blocks of two pixels times two channels, for fast layers; clamped to int8 only. In
  * assembly because the inner loop needs every register: r0 weights, r1 and r2 pixels, r3 end of
@@ -476,6 +572,8 @@ static void dot_one_by_two(const int8_t *weights, const struct dots *d, uint32_t
 
 #endif
 
+#endif /* SHOAL_MVE */
+
 static struct output output_of(int32_t zero, int32_t low, int32_t high, uint8_t fast)
 {
     const struct output o = {zero, low, high, fast, ((low == -128) && (high == 127)) ? 1U : 0U};
@@ -496,6 +594,129 @@ static inline void clamp_pair(const struct output *o, int8_t *to, uint32_t pitch
 }
 
 #endif
+
+#if defined(SHOAL_MVE)
+
+/* A row of bytes as the input stores them; beyond it, and between groups, is its zero point. */
+static void byte_row(const struct shoal_conv *k, const int8_t *input, uint32_t padded_row,
+                     int8_t *to)
+{
+    memset(to, k->in_zero, k->ring_row);
+    if ((padded_row < k->pad_top) || (padded_row - k->pad_top >= k->in_height)) {
+        return;
+    }
+    const int8_t *from = input + (padded_row - k->pad_top) * k->in_width * k->in_channels;
+    const uint32_t columns = k->ring_columns;
+    const uint32_t room = columns > k->pad_left ? columns - k->pad_left : 0U;
+    const uint32_t width = k->in_width < room ? k->in_width : room;
+    to += k->pad_left * k->pixel;
+    if (k->pixel == k->in_channels) {
+        memcpy(to, from, width * k->pixel);
+        return;
+    }
+    for (uint32_t i = 0U; i < width * k->groups; i++) {
+        for (uint32_t c = 0U; c < k->group_channels; c++) {
+            to[c] = from[c];
+        }
+        from += k->group_channels;
+        to += k->group_pixel;
+    }
+}
+
+/* One row of one pair of output channels. outputs: 2, or 1 where the second is padding. Inline, so
+ * that what the compiler knows of `o` is decided once. */
+static inline __attribute__((always_inline)) void
+conv_row(const struct shoal_conv *k, const int8_t *const *segments, const struct output *o,
+         const int8_t *weights, const struct shoal_channel *channels, uint32_t group, int8_t *to,
+         uint32_t outputs)
+{
+    const struct shoal_channel c[2] = {channels[0], channels[1]};
+    const uint32_t count = (uint32_t)k->kernel_height * k->row_segments;
+    const uint32_t bytes = k->quads * 4U;
+    const uint32_t step = (uint32_t)k->stride_x * k->pixel;
+    const uint32_t pitch = k->out_channels;
+    const uint32_t width = k->out_width;
+    const int8_t *const second = weights + count * bytes;
+    const struct four_outputs four = four_outputs_of(c, o, pitch);
+    uint32_t at = group;
+    uint32_t x = 0U;
+    for (; x + 2U <= width; x += 2U) {
+        struct sums sums = {c[0].bias, c[1].bias, c[0].bias, c[1].bias};
+        uint32_t from = 0U;
+        for (uint32_t s = 0U; s < count; s++) {
+            const int8_t *const pixel = segments[s] + at;
+            dot_two_by_two(pixel, pixel + step, weights + from, second + from, bytes, &sums);
+            from += bytes;
+        }
+        if ((o->fast != 0U) && (outputs == 2U)) {
+            store_four(&four, &sums, to);
+        } else {
+            to[0] = output_byte(o, &c[0], sums.of00);
+            to[pitch] = output_byte(o, &c[0], sums.of10);
+            if (outputs == 2U) {
+                to[1] = output_byte(o, &c[1], sums.of01);
+                to[pitch + 1U] = output_byte(o, &c[1], sums.of11);
+            }
+        }
+        to += 2U * pitch;
+        at += 2U * step;
+    }
+    if (x < width) {
+        int32_t sums[2] = {c[0].bias, c[1].bias};
+        uint32_t from = 0U;
+        for (uint32_t s = 0U; s < count; s++) {
+            dot_one_by_two(segments[s] + at, weights + from, second + from, bytes, sums);
+            from += bytes;
+        }
+        to[0] = output_byte(o, &c[0], sums[0]);
+        if (outputs == 2U) {
+            to[1] = output_byte(o, &c[1], sums[1]);
+        }
+    }
+}
+
+void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output, void *scratch)
+{
+    const uint32_t segment_count = (uint32_t)k->kernel_height * k->row_segments;
+    const int8_t **segments = (const int8_t **)scratch;
+    int8_t *const ring = (int8_t *)(void *)(segments + segment_count);
+    const struct output o = output_of(k->out_zero, k->low, k->high, k->fast);
+    uint32_t next = 0U;
+    for (uint32_t y = 0U; y < k->out_height; y++) {
+        const uint32_t first = y * k->stride_y;
+        next = next < first ? first : next;
+        for (; next < first + (k->kernel_height - 1U) * k->dilation_y + 1U; next++) {
+            byte_row(k, input, next, ring + next % k->ring_rows * k->ring_row);
+        }
+        for (uint32_t row = 0U; row < k->kernel_height; row++) {
+            const uint32_t place = (first + row * k->dilation_y) % k->ring_rows;
+            for (uint32_t s = 0U; s < k->row_segments; s++) {
+                segments[row * k->row_segments + s] =
+                    ring + place * k->ring_row + s * k->segment_step;
+            }
+        }
+        const int8_t *weights = k->weights;
+        const struct shoal_channel *c = k->channels;
+        for (uint32_t g = 0U; g < k->groups; g++) {
+            for (uint32_t pair = 0U; pair < k->group_pairs; pair++) {
+                const uint32_t left = k->group_outputs - 2U * pair;
+                int8_t *const to = output + g * k->group_outputs + 2U * pair;
+                const uint32_t at = g * k->group_pixel;
+                if ((o.fast != 0U) && (left >= 2U)) {
+                    const struct output fast = {o.zero, o.low, o.high, 1U, 0U};
+                    conv_row(k, segments, &fast, weights, c, at, to, 2U);
+                } else {
+                    conv_row(k, segments, &o, weights, c, at, to, left < 2U ? left : 2U);
+                }
+                weights += segment_count * k->quads * 8U;
+                c += 2;
+            }
+        }
+        output += (uint32_t)k->out_width * k->out_channels;
+    }
+}
+
+#else
 
 /* One row of one pair of output channels. outputs: 2, or 1 where the second is padding. */
 static void conv_row(const struct shoal_conv *k, const struct dots *d, const struct output *o,
@@ -580,6 +801,8 @@ void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output,
         output += (uint32_t)k->out_width * k->out_channels;
     }
 }
+
+#endif /* SHOAL_MVE */
 
 #if defined(SHOAL_DSP)
 

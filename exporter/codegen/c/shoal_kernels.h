@@ -1,10 +1,18 @@
 /* Kernels of generated pieces. int8 activations, order row, column, channel; every result equals
  * TensorFlow Lite for Microcontrollers' byte for byte. No allocation, no recursion; the caller owns
- * all memory. The preprocessor chooses: __ARM_FEATURE_DSP (M4, M7, M33, M55) or portable C. */
+ * all memory. The preprocessor chooses: __ARM_FEATURE_MVE (M55; convolutions and fully connected
+ * layers), __ARM_FEATURE_DSP (M4, M7, M33, M55) or portable C. */
 #ifndef SHOAL_KERNELS_H
 #define SHOAL_KERNELS_H
 
 #include <stdint.h>
+
+#if defined(__ARM_FEATURE_MVE) && ((__ARM_FEATURE_MVE & 1) == 1) && defined(__GNUC__)
+#define SHOAL_MVE 1
+#define SHOAL_BIAS(less_zero, stored) (stored)
+#else
+#define SHOAL_BIAS(less_zero, stored) (less_zero)
+#endif
 
 /**
  * One output channel: bias, and its factor multiplier / 2^31 * 2^left / 2^right.
@@ -28,6 +36,9 @@ struct shoal_channel {
  * stretches of `quads` times four values of the ring. Weights: for each pair of output channels,
  * segment and quad eight bytes: four of the first channel in the order 0, 2, 1, 3, then four of
  * the second. Channels of a group are padded to pairs, stretches to whole quads.
+ *
+ * With MVE the ring holds bytes, zero point included, which biases make good, and of a pair all
+ * weights of the first channel precede those of the second, in their own order.
  */
 struct shoal_conv {
     const int8_t *weights;
