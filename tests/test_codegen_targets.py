@@ -42,6 +42,15 @@ def test_the_dsp_and_vector_kernels_equal_tflite_micro(
         np.testing.assert_array_equal(said.outputs, micro(tflite, stored))
 
 
+@pytest.mark.parametrize("target", ["m4", "m55", "m0"])
+def test_int4_weights_stay_packed_and_equal_tflite_micro(tmp_path: Path, target: str) -> None:
+    rng = np.random.default_rng(6)
+    tflite, shape = convolution(rng, "plain", "INT4")
+    stored = samples(rng, shape)
+    said = measured(target, tflite, stored, tmp_path)
+    np.testing.assert_array_equal(said.outputs, micro(tflite, stored))
+
+
 @pytest.mark.parametrize("target", [t for t in TARGETS if t != "m4"])
 def test_every_core_equals_tflite_micro(tmp_path: Path, target: str) -> None:
     rng = np.random.default_rng(1)

@@ -474,8 +474,13 @@ def _convolution(
         "low": low,
         "high": high,
         "fast": factors.fast,
+        "int4": weights.dtype == "int4",
     }
     _check_sizes(fields)
+    in_order = room
+    if weights.dtype == "int4":
+        packed, in_order = _halves(packed), _halves(room)
+        slab += segments * quads * 8
     return Step(
         operator,
         (x.index,),
@@ -484,13 +489,19 @@ def _convolution(
         _about(operator, [x], output, more),
         (
             _struct("shoal_conv", fields, 72),
-            replace(_table("int8_t", "_weights", packed), mve_rows=_table("", "", room).rows),
+            replace(_table("int8_t", "_weights", packed), mve_rows=_table("", "", in_order).rows),
             Constant("struct shoal_channel", "_channels", factors.rows, 16 * len(factors.rows)),
         ),
         segments * _POINTER_BYTES + ring_rows * ring_row * 2 + slab,
         (_rows_behind(rows, columns.size * in_channels, columns.out * count),),
         rows.out * columns.out * data.size,
     )
+
+
+def _halves(weights: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Int4 values, eight in four bytes: the first four in the lower halves."""
+    eights = weights.reshape(-1, 2, 4).view(np.uint8) & 15
+    return (eights[:, 0] | eights[:, 1] << 4).astype(np.uint8).view(np.int8)
 
 
 def _check_sizes(fields: dict[str, Any]) -> None:

@@ -262,6 +262,28 @@ static void ring_fill(struct ring *r, const int8_t *input, uint32_t first, uint3
 
 #endif
 
+/* Halves of bytes in words, as bytes with their sign. */
+static inline uint32_t signed_halves(uint32_t halves)
+{
+    const uint32_t shifted = (halves & 0x0F0F0F0FU) ^ 0x08080808U;
+    return ((shifted | 0x80808080U) - 0x08080808U) ^ 0x80808080U;
+}
+
+/* A pair's weights as bytes, `bytes` of them. */
+static void unpack_int4(const int8_t *from, int8_t *to, uint32_t bytes)
+{
+    for (; bytes != 0U; bytes -= 8U) {
+        uint32_t word;
+        memcpy(&word, from, sizeof word);
+        const uint32_t first = signed_halves(word);
+        const uint32_t second = signed_halves(word >> 4);
+        memcpy(to, &first, sizeof first);
+        memcpy(to + 4, &second, sizeof second);
+        from += 4;
+        to += 8;
+    }
+}
+
 #if defined(SHOAL_MVE)
 
 /* Factors of two channels, twice: those of four sums, and where their bytes go. */
@@ -680,6 +702,8 @@ void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output,
     const uint32_t segment_count = (uint32_t)k->kernel_height * k->row_segments;
     const int8_t **segments = (const int8_t **)scratch;
     int8_t *const ring = (int8_t *)(void *)(segments + segment_count);
+    int8_t *const room = ring + (uint32_t)k->ring_rows * k->ring_row * 2U;
+    const uint32_t pair_bytes = segment_count * k->quads * 8U;
     const struct output o = output_of(k->out_zero, k->low, k->high, k->fast);
     uint32_t next = 0U;
     for (uint32_t y = 0U; y < k->out_height; y++) {
@@ -702,13 +726,18 @@ void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output,
                 const uint32_t left = k->group_outputs - 2U * pair;
                 int8_t *const to = output + g * k->group_outputs + 2U * pair;
                 const uint32_t at = g * k->group_pixel;
+                const int8_t *pair_weights = weights;
+                if (k->int4 != 0U) {
+                    unpack_int4(weights, room, pair_bytes);
+                    pair_weights = room;
+                }
                 if ((o.fast != 0U) && (left >= 2U)) {
                     const struct output fast = {o.zero, o.low, o.high, 1U, 0U};
-                    conv_row(k, segments, &fast, weights, c, at, to, 2U);
+                    conv_row(k, segments, &fast, pair_weights, c, at, to, 2U);
                 } else {
-                    conv_row(k, segments, &o, weights, c, at, to, left < 2U ? left : 2U);
+                    conv_row(k, segments, &o, pair_weights, c, at, to, left < 2U ? left : 2U);
                 }
-                weights += segment_count * k->quads * 8U;
+                weights += k->int4 != 0U ? pair_bytes / 2U : pair_bytes;
                 c += 2;
             }
         }
@@ -775,6 +804,7 @@ void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output,
                         k->pad_top, k->pad_left, k->in_height, k->in_width, k->in_channels,
                         k->groups, k->group_channels, k->group_pixel, k->in_zero, 0U};
     int16_t *const slab = ring_space + (uint32_t)k->ring_rows * k->ring_row;
+    int8_t *const room = (int8_t *)(slab + (k->out_width >= 2U ? pair_bytes : 0U));
     const struct dots d = {segments, segment_count, k->quads * 16U,
                            (uint32_t)k->stride_x * k->pixel * 2U};
     const struct output o = output_of(k->out_zero, k->low, k->high, k->fast);
@@ -792,9 +822,14 @@ void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output,
         for (uint32_t g = 0U; g < k->groups; g++) {
             for (uint32_t pair = 0U; pair < k->group_pairs; pair++) {
                 const uint32_t left = k->group_outputs - 2U * pair;
-                conv_row(k, &d, &o, weights, c, g * k->group_pixel * 2U, slab,
+                const int8_t *pair_weights = weights;
+                if (k->int4 != 0U) {
+                    unpack_int4(weights, room, pair_bytes);
+                    pair_weights = room;
+                }
+                conv_row(k, &d, &o, pair_weights, c, g * k->group_pixel * 2U, slab,
                          output + g * k->group_outputs + 2U * pair, left < 2U ? left : 2U);
-                weights += pair_bytes;
+                weights += k->int4 != 0U ? pair_bytes / 2U : pair_bytes;
                 c += 2;
             }
         }

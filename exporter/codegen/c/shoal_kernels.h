@@ -59,9 +59,10 @@ struct shoal_conv {
     uint16_t quads;
     int16_t in_zero, out_zero, low, high; /* output is clamped to low..high */
     uint8_t fast; /* every sum times 2^(left + 1) fits int32, every right is at least 1 */
+    uint8_t int4; /* weights are halves of bytes: of eight, the first four are the lower ones */
 };
 
-/** scratch: ring, slab and list of stretches as laid out at export; on a 4-byte boundary. */
+/** scratch: list of stretches, ring, slab, one pair's weights if int4, as laid out at export; on a 4-byte boundary. */
 void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output, void *scratch);
 
 /**
