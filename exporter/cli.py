@@ -177,7 +177,8 @@ def _targets(context: click.Context, option: click.Parameter, text: str) -> tupl
     "--allow-drift",
     is_flag=True,
     help="Accept LiteRT pieces that differ from the reference kernels by more than 2 steps, if "
-    "they are as near to the float model. The manifest and the report say which.",
+    "they are as near to the float model. The manifest and the report say which. --method auto "
+    "does so where it must.",
 )
 @click.option(
     "--targets",
@@ -224,7 +225,6 @@ def export(
                 fixed_settings(),
                 progress,
                 dtype=dtype,
-                allow_drift=allow_drift,
                 targets=targets,
             )
             print(sentence, file=sys.stderr)

@@ -464,6 +464,37 @@ def _options(default: str) -> list[Callable[[F], F]]:
         ),
         _of(
             "edgent",
+            "--keep-strategy",
+            "kept_strategies",
+            multiple=True,
+            metavar="NAME",
+            help="A way that is exported in any case, such as e5-device; repeat for more.",
+        ),
+        _of(
+            "edgent",
+            "--aim",
+            default="reward",
+            show_default=True,
+            type=click.Choice(["reward", "accuracy"]),
+            help="What a strategy is picked for: accuracy and throughput together, or the most "
+            "accurate one that is in time.",
+        ),
+        _of(
+            "edgent",
+            "--entropy-exit",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Strategies too in which exit N answers only what it is sure of by entropy "
+            "(BranchyNet).",
+        ),
+        _of(
+            "edgent",
+            "--normalized-entropy",
+            is_flag=True,
+            help="Choose that exit's threshold among shares of ln C, not among nats.",
+        ),
+        _of(
+            "edgent",
             "--profiles",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="Measured latencies of layers by kind of device, JSON; without them the "
@@ -506,6 +537,15 @@ def _options(default: str) -> list[Callable[[F], F]]:
             show_default=True,
             type=click.FloatRange(0),
             help="Nothing new is trained after so long; what is trained is kept.",
+        ),
+        _of(
+            AUTO,
+            "--platform",
+            "platforms",
+            multiple=True,
+            metavar="DEVICE=PLATFORM",
+            help="What a device is reckoned as, where its kind does not say: a platform's name or "
+            "a .yaml file.",
         ),
         _of(
             AUTO,
@@ -661,6 +701,10 @@ def _edgent_options(chosen: dict[str, Any]) -> Any:
         ),
         limit_ms=chosen["limit_ms"],
         strategies=chosen["strategies"],
+        keep=chosen["kept_strategies"],
+        aim=chosen["aim"],
+        entropy_exit=chosen["entropy_exit"],
+        entropy_normalized=chosen["normalized_entropy"],
         profiles=None if chosen["profiles"] is None else load_profiles(chosen["profiles"]),
         cache=chosen["cache"],
         seed=chosen["seed"],

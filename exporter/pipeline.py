@@ -77,6 +77,10 @@ AUTO = "auto"
 SEVERAL_EXITS = frozenset({"edgent"})
 """Methods that take a model with several outputs, each an exit."""
 
+Drift = bool | Literal["if_needed"]
+"""Whether a piece may round apart from the reference kernels where it is as near to the float
+model: never, always, or where it must."""
+
 VERIFIED_RUNTIMES = {
     Runtime.LITERT: "litert",
     Runtime.TFLITE_RUNTIME: "litert-optimized",
@@ -159,7 +163,7 @@ def make(
     method: str,
     options: Any,
     dtype: Literal["int8", "float32"] = "int8",
-    allow_drift: bool = False,
+    allow_drift: Drift = False,
     progress: Progress,
 ) -> Made:
     """Design, quantize, verify and settle: all of an export but writing it.
@@ -516,7 +520,7 @@ def quantize(
     dtype: Literal["int8", "float32"],
     progress: Progress,
     *,
-    allow_drift: bool = False,
+    allow_drift: Drift = False,
 ) -> list[ExportedPiece]:
     """Convert, measure and verify pieces, each on the runtime that its device uses.
 
@@ -531,10 +535,7 @@ def quantize(
             if isinstance(piece, WrittenPiece):
                 exported.append(_check_written(piece, device))
                 continue
-            drift = allow_drift or piece.features
-            count = DRIFT_SAMPLES if drift else MINIMUM_SAMPLES
-            samples = verification_samples(piece, data, count)
-            exported.append(_quantize_one(piece, samples, device, dtype, drift))
+            exported.append(_quantize_trained(piece, data, device, dtype, allow_drift))
         except ShoalError as error:
             lines = error.message.splitlines()
             findings += [f"{device.id}: {piece.name}: {line}" for line in lines]
@@ -547,6 +548,27 @@ def quantize(
     if findings:
         raise ShoalError("\n".join(findings), "; ".join(dict.fromkeys(filter(None, hints))))
     return exported
+
+
+def _quantize_trained(
+    piece: TrainedPiece,
+    data: DataSet,
+    device: Device,
+    dtype: Literal["int8", "float32"],
+    allow_drift: Drift,
+) -> ExportedPiece:
+    def quantized(drift: bool) -> ExportedPiece:
+        count = DRIFT_SAMPLES if drift else MINIMUM_SAMPLES
+        return _quantize_one(piece, verification_samples(piece, data, count), device, dtype, drift)
+
+    if allow_drift is True or piece.features:
+        return quantized(True)
+    try:
+        return quantized(False)
+    except VerificationFailed:
+        if allow_drift != "if_needed" or device.runtime is Runtime.TFLITE_MICRO:
+            raise
+        return quantized(True)
 
 
 DRIFT_SAMPLES = 1_000

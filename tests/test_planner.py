@@ -300,7 +300,7 @@ def test_sentence_says_that_splitting_does_not_pay():
 
     assert said.startswith("Take the whole network on a: 1 ms a decision (estimated)")
     assert "splitting does not pay here" in said
-    assert "takes at the least 2 ms" in said
+    assert "no split can take less than 2 ms (estimated, lcp" in said
 
 
 def test_sentence_says_what_a_split_gains_and_what_a_lost_device_costs():

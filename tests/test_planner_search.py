@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,9 @@ from export_cases import SMALL_FLEET, copy_bundle, exported, home, inputs, model
 
 from agent.protocol.fleet import parse_fleet
 from agent.protocol.manifest import check_files, read_manifest
+from exporter.planner.candidates import Candidate
 from exporter.planner.choice import Wish, choose
-from exporter.planner.evaluate import Task
+from exporter.planner.evaluate import Task, evaluate
 from exporter.planner.replan import replan
 from exporter.planner.saved import known, latest
 from exporter.planner.search import Effort, search
@@ -122,7 +123,7 @@ def test_what_if_answers_within_two_seconds_and_without_tensorflow():
     )
     command = [sys.executable, "-c", code, "plan", "--what-if", "add 2 pi-4", "--json"]
 
-    began = time.process_time(), os.times()
+    began = os.times()
     ran = subprocess.run(
         [*command, "--cache", cache], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -133,8 +134,8 @@ def test_what_if_answers_within_two_seconds_and_without_tensorflow():
     assert json.loads(ran.stdout)["chosen"]["method"] == "single"
     # Of the processor: this machine may have other work.
     spent = ended.children_user + ended.children_system
-    spent -= began[1].children_user + began[1].children_system
-    assert spent <= 4.0
+    spent -= began.children_user + began.children_system
+    assert spent <= 3.0
 
 
 def test_what_if_the_only_holder_goes_names_another(tmp_path):
@@ -178,17 +179,13 @@ def test_search_that_was_broken_off_goes_on_where_it_was(tmp_path):
     assert choose(points, second.state.wish).point == second.choice.point
 
 
-def test_two_processes_find_the_same(tmp_path):
-    fleet = tmp_path / "fleet.yaml"
-    fleet.write_text(SMALL_FLEET)
-    _, told = planned()
-    task = Task(model_file(), str(home() / "digits.npz"), fleet, tmp_path / "cache")
+def test_what_is_sent_to_worker_processes_can_be():
+    task = Task(model_file(), str(home() / "digits.npz"), home() / "fleet.yaml", home() / "cache")
+    candidate = Candidate("lcp", ("pi-door", "mcu-east"), (("fatten", 40.0),))
 
-    found = search(task, Wish(), Effort(20.0, 2), lambda *_: None)
+    work, context, item = pickle.loads(pickle.dumps((evaluate, task, candidate)))
 
-    assert found.choice.point is not None
-    assert found.choice.point.candidate.method == told["chosen"]["method"]
-    assert found.choice.point.test_accuracy == told["chosen"]["test_accuracy"]
+    assert (work, context, item) == (evaluate, task, candidate)
 
 
 def test_option_of_one_method_holds_for_its_plans_alone():

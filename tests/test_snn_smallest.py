@@ -62,7 +62,7 @@ def test_device_too_small_for_any_piece_is_refused_before_the_search(
 def test_flash_without_room_for_the_smallest_file_is_refused_before_the_search(tmp_path):
     arguments = with_fleet(tmp_path, ("mcu-east, kind: mcu", "mcu-east, kind: mcu, flash: 112 kB"))
 
-    said = shoal("plan", *arguments)
+    said = shoal("plan", "--method", "snn", *arguments)
 
     assert said.exit_code == 3
     assert "B of flash (measured), budget 112_000 B" in said.stderr
@@ -80,8 +80,8 @@ def test_need_that_is_named_is_enough_for_the_check(tmp_path):
     (tmp_path / "less").mkdir()
     less = with_fleet(tmp_path / "less", (mcu, f"{mcu}, memory: {need - 1} B"))
 
-    assert "measured" not in shoal("plan", *enough).stderr
-    assert f"needs {need:_} B of RAM (measured)" in shoal("plan", *less).stderr
+    assert "measured" not in shoal("plan", "--method", "snn", *enough).stderr
+    assert f"needs {need:_} B of RAM (measured)" in shoal("plan", "--method", "snn", *less).stderr
 
 
 def test_smallest_network_needs_no_more_than_any_piece_of_a_bundle():

@@ -255,11 +255,11 @@ def _against_single(taken: Point, points: Sequence[Point], wish: Wish, reference
         if not able:
             return "; splitting does not pay here: no split is accurate enough"
         rival = min(able, key=wish.cost)
-        least = "at the least " if not rival.trained else ""
-        return (
-            f"; splitting does not pay here: the best split, {_called(rival)}, takes {least}"
-            f"{wish.text(rival)} (estimated)"
-        )
+        if rival.trained:
+            told = f"the best split, {_called(rival)}, takes {wish.text(rival)} (estimated)"
+        else:
+            told = f"no split can take less than {wish.text(rival)} (estimated, {_called(rival)})"
+        return f"; splitting does not pay here: {told}"
     if not alone:
         return "; no single device holds the whole network"
     rival = min(alone, key=wish.cost)

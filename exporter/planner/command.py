@@ -51,7 +51,13 @@ def plan_all(
     from .page import write_page
     from .search import search
 
-    found = search(_task(model, data, fleet, chosen), *_aims(chosen), progress, fixed=fixed)
+    found = search(
+        _task(model, data, fleet, chosen),
+        *_aims(chosen),
+        progress,
+        fixed=fixed,
+        platforms=_platforms(chosen),
+    )
     write_page(page, found.state, found.known, found.choice)
     if as_json:
         told = _as_json(found.known, found.choice, found.state.wish)
@@ -72,7 +78,6 @@ def export_best(
     progress: Progress,
     *,
     dtype: Literal["int8", "float32"],
-    allow_drift: bool,
     targets: tuple[str, ...],
 ) -> tuple[Manifest, str]:
     """Search, and write the bundle of the plan to take.
@@ -91,10 +96,8 @@ def export_best(
     from .search import bundle_of, search
 
     check_target(out)
-    task = replace(
-        _task(model, data, fleet, chosen), dtype=dtype, allow_drift=allow_drift, targets=targets
-    )
-    found = search(task, *_aims(chosen), progress, fixed=fixed)
+    task = replace(_task(model, data, fleet, chosen), dtype=dtype, targets=targets)
+    found = search(task, *_aims(chosen), progress, fixed=fixed, platforms=_platforms(chosen))
     taken = found.choice.point
     if taken is None:
         raise PlanDoesNotFit(
@@ -144,6 +147,12 @@ def _aims(chosen: Mapping[str, Any]) -> tuple[Wish, Effort]:
         max_loss_one_lost=None if lost is None else lost / 100,
     )
     return wish, Effort(chosen["minutes"], chosen["workers"], chosen["everything"])
+
+
+def _platforms(chosen: Mapping[str, Any]) -> dict[str, str]:
+    if wrong := [item for item in chosen["platforms"] if "=" not in item]:
+        raise click.UsageError(f"{wrong[0]!r} is not DEVICE=PLATFORM, for example eye-0=pi-4")
+    return dict(item.split("=", 1) for item in chosen["platforms"])
 
 
 def _as_json(known: Known, choice: Choice, wish: Wish) -> dict[str, Any]:

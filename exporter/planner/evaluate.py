@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from agent.protocol.errors import ShoalError
 from agent.protocol.fleet import Fleet
 from exporter import pipeline
+from exporter.cost.bundle import works_of_files
 from exporter.data import DataSet, Split
 from exporter.method_options import default_choices, method_options
 from exporter.methods.face import Settled
@@ -56,7 +57,6 @@ class Task:
     cache: Path
     seed: int = 0
     dtype: Literal["int8", "float32"] = "int8"
-    allow_drift: bool = False
     targets: tuple[str, ...] = ("tflm",)
     workers: int = 1
 
@@ -130,7 +130,6 @@ def result_key(task: Task, candidate: Candidate, fleet: Fleet) -> str:
         else None,
         seed=task.seed,
         dtype=task.dtype,
-        allow_drift=task.allow_drift,
         targets=list(task.targets),
     )
 
@@ -180,8 +179,13 @@ def short(candidate: Candidate) -> Candidate:
 
 
 def outcome_of(result: Mapping[str, NDArray[Any]]) -> Outcome:
-    """Read what `evaluate` told."""
-    return Outcome.from_json(json.loads(result["told"].tobytes()))
+    """Read what `evaluate` told, and the work of each piece off its file."""
+    outcome = Outcome.from_json(json.loads(result["told"].tobytes()))
+    if outcome.manifest is None:
+        return outcome
+    with tempfile.TemporaryDirectory() as home:
+        unpack(result, Path(home))
+        return replace(outcome, works=works_of_files(Path(home), outcome.manifest))
 
 
 def unpack(result: Mapping[str, NDArray[Any]], folder: Path) -> None:
@@ -221,7 +225,7 @@ def make_outcome(task: Task, candidate: Candidate) -> tuple[Outcome, bytes]:
             method=method,
             options=options,
             dtype=task.dtype,
-            allow_drift=task.allow_drift,
+            allow_drift="if_needed",
             progress=_silent,
         )
 

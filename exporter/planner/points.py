@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from agent.protocol.errors import ShoalError
 from agent.protocol.fleet import Fleet
 from agent.protocol.manifest import Figure, Manifest, PieceEntry
 from agent.protocol.messages import Header, Request, encode
-from agent.protocol.plan import Strategy
+from agent.protocol.plan import Output, Strategy
+from exporter.cost import PieceCost
 from exporter.cost.bundle import PLATFORM_OF_KIND, bundle_cost, network_of
 from exporter.cost.piece import INTERPRETER_CODE_BYTES, STACK_BYTES
 from exporter.cost.platform import load_platform
 from exporter.cost.walk import PlanCost, Setting, expected_cost, plan_cost
-from exporter.cost.work import PieceWork
+from exporter.cost.work import LayerWork, PieceWork, Sent
 
 from .candidates import Candidate
 from .candidates import Setting as Choice
@@ -35,6 +36,7 @@ class Outcome:
             there is no decision then.
         exit_shares: Of those samples, how many each exit decides, lowest first.
         seconds: Of the processor that making it took.
+        works: What each piece does, layer by layer; empty: what the manifest counts.
     """
 
     candidate: Candidate
@@ -45,6 +47,7 @@ class Outcome:
     one_lost: float | None = None
     exit_shares: tuple[float, ...] = (1.0,)
     seconds: float = 0.0
+    works: Mapping[str, PieceWork] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -57,6 +60,7 @@ class Outcome:
             "one_lost": self.one_lost,
             "exit_shares": list(self.exit_shares),
             "seconds": self.seconds,
+            "works": {name: _work_json(work) for name, work in self.works.items()},
         }
 
     @classmethod
@@ -72,7 +76,26 @@ class Outcome:
             one_lost=data["one_lost"],
             exit_shares=tuple(data["exit_shares"]),
             seconds=data["seconds"],
+            works={name: _work_from(work) for name, work in data.get("works", {}).items()},
         )
+
+
+def _work_json(work: PieceWork) -> dict[str, Any]:
+    return {
+        **asdict(work),
+        "layers": [list(astuple(layer)) for layer in work.layers],
+        "sends": {output.value: list(astuple(sent)) for output, sent in work.sends.items()},
+    }
+
+
+def _work_from(data: Mapping[str, Any]) -> PieceWork:
+    return PieceWork(
+        **{
+            **data,
+            "layers": tuple(LayerWork(*row) for row in data["layers"]),
+            "sends": {Output(name): Sent(*row) for name, row in data["sends"].items()},
+        }
+    )
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
@@ -183,12 +206,15 @@ class Point:
         }
 
 
-def points_of(outcome: Outcome, fleet: Fleet) -> tuple[Point, ...]:
+def points_of(
+    outcome: Outcome, fleet: Fleet, platforms: Mapping[str, str] | None = None
+) -> tuple[Point, ...]:
     """A trained candidate on a fleet, a point for each of its strategies.
 
     Args:
         outcome: Of a candidate all of whose devices the fleet has.
         fleet: Any, such as one with another link.
+        platforms: By device id, where it is not its kind that says what it is.
 
     Returns:
         None at all where the candidate could not be made, or does not fit this fleet.
@@ -197,6 +223,7 @@ def points_of(outcome: Outcome, fleet: Fleet) -> tuple[Point, ...]:
     if manifest is None:
         return ()
     own = outcome.candidate.fleet(fleet)
+    chosen = platforms or {}
     memory = _memory(manifest, own)
     if any(use.share > 1 for use in memory):
         return ()
@@ -204,7 +231,14 @@ def points_of(outcome: Outcome, fleet: Fleet) -> tuple[Point, ...]:
     for index, way in enumerate(manifest.plan.strategies):
         try:
             trigger = _triggered(way, own)
-            costs = bundle_cost(manifest, own, trigger=trigger, strategy=index)
+            costs = bundle_cost(
+                manifest,
+                own,
+                platforms={x.id: chosen[x.id] for x in own.devices if x.id in chosen},
+                trigger=trigger,
+                strategy=index,
+                works=outcome.works or None,
+            )
         except ShoalError:
             continue
         shares = dict(zip(costs, outcome.exit_shares, strict=True)) if len(costs) > 1 else None
@@ -226,7 +260,13 @@ def points_of(outcome: Outcome, fleet: Fleet) -> tuple[Point, ...]:
     return tuple(found)
 
 
-def point_of_sketch(candidate: Candidate, drawn: Sketch, fleet: Fleet, frame_bytes: int) -> Point:
+def point_of_sketch(
+    candidate: Candidate,
+    drawn: Sketch,
+    fleet: Fleet,
+    frame_bytes: int,
+    platforms: Mapping[str, str] | None = None,
+) -> Point:
     """The least that a candidate can cost once it is trained.
 
     Of a plan with several strategies or exits the cheapest counts, less the sketch's slack.
@@ -236,17 +276,19 @@ def point_of_sketch(candidate: Candidate, drawn: Sketch, fleet: Fleet, frame_byt
         drawn: The sketch.
         fleet: The whole fleet.
         frame_bytes: Content of a request with a frame, as encoded.
+        platforms: As `points_of`.
 
     Raises:
         PlanDoesNotFit: a platform has not the memory.
     """
     own = candidate.fleet(fleet)
-    platforms = {x.id: load_platform(PLATFORM_OF_KIND[x.kind]) for x in own.devices}
+    chosen = platforms or {}
+    each = {x.id: load_platform(chosen.get(x.id, PLATFORM_OF_KIND[x.kind])) for x in own.devices}
     network = network_of(own)
     best: list[PlanCost] = []
     for index, way in enumerate(drawn.plan.strategies):
         setting = Setting(
-            platforms=platforms,
+            platforms=each,
             network=network,
             frame_bytes=0 if _triggered(way, own) else frame_bytes,
         )
@@ -324,15 +366,15 @@ def _arena(entry: PieceEntry) -> int:
 
 
 def _sketched_memory(drawn: Sketch, fleet: Fleet) -> tuple[Memory, ...]:
-    hosts: dict[str, dict[str, PieceWork]] = {}
+    hosts: dict[str, dict[str, PieceCost]] = {}
     for node in (node for way in drawn.plan.strategies for node in way.nodes):
         if node.piece is not None:
-            hosts.setdefault(node.device, {})[node.piece] = drawn.works[node.piece]
+            hosts.setdefault(node.device, {})[node.piece] = drawn.costs[node.piece]
     found: list[Memory] = []
-    for name, works in hosts.items():
+    for name, costs in hosts.items():
         device = fleet.device(name)
-        weights = sum(work.weights for work in works.values())
-        tensors = sum(work.peak_elements for work in works.values())
+        weights = sum(cost.file_bytes for cost in costs.values())
+        tensors = sum(cost.peak_activation_bytes for cost in costs.values())
         if device.flash_bytes is None:
             used = weights + tensors
             found.append(Memory(name, "memory", used, device.memory_bytes, "estimated"))

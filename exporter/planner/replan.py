@@ -30,7 +30,8 @@ from agent.protocol.manifest import (
 )
 from agent.protocol.plan import Node, Plan, Strategy
 from exporter.cost import BUDGET_RULES, Basis, PieceCost, together
-from exporter.cost.bundle import bundle_cost
+from exporter.cost.bundle import bundle_cost, works_of_files
+from exporter.cost.work import PieceWork
 
 MOST_WAYS = 2_000
 """Ways to place lost pieces that are reckoned; beyond it, each goes where there is most room."""
@@ -157,7 +158,7 @@ def replan(bundle: Path, fleet: Fleet) -> Replanned:
         ManifestError, BundleMismatch: no bundle, or its fleet file was altered.
     """
     manifest = read_manifest(bundle)
-    check_files(bundle, [manifest.fleet])
+    check_files(bundle, [manifest.fleet, *(entry.model for entry in manifest.pieces)])
     before = load_fleet(bundle / manifest.fleet.path)
     earlier = {device.id: device for device in before.devices}
     now = {device.id: device for device in fleet.devices}
@@ -177,7 +178,8 @@ def replan(bundle: Path, fleet: Fleet) -> Replanned:
         else:
             lost.append(piece)
     fusing = _fusing(manifest, now)
-    placed, homeless = _placed(manifest, lost, entries, runtimes, held, fleet, fusing)
+    works = works_of_files(bundle, manifest)
+    placed, homeless = _placed(manifest, lost, entries, runtimes, held, fleet, fusing, works)
     moves = tuple(
         Move(name, hosts[name], new, now[new].runtime is not runtimes[name])
         for name, new in placed.items()
@@ -194,8 +196,8 @@ def replan(bundle: Path, fleet: Fleet) -> Replanned:
         moves=moves,
         homeless=homeless,
         plan=plan,
-        before_ms=_latency_ms(manifest, before),
-        after_ms=None if plan is None else _latency_ms(_with_plan(manifest, plan), fleet),
+        before_ms=_latency_ms(manifest, before, works),
+        after_ms=None if plan is None else _latency_ms(_with_plan(manifest, plan), fleet, works),
         idle=tuple(device.id for device in fleet.workers if plan and device.id not in at_work),
     )
 
@@ -241,6 +243,7 @@ def _placed(
     held: Mapping[str, Sequence[PieceEntry]],
     fleet: Fleet,
     fusing: frozenset[str],
+    works: Mapping[str, PieceWork],
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Where lost pieces go, and which find no place."""
     able: dict[str, list[str]] = {}
@@ -259,7 +262,7 @@ def _placed(
         if not _all_fit(placed, entries, held, fleet):
             continue
         moved = _with_plan(manifest, _moved(manifest.plan, placed, fusing, fleet))
-        latency = _latency_ms(moved, fleet)
+        latency = _latency_ms(moved, fleet, works)
         if latency is not None and (best is None or latency < best[0]):
             best = latency, placed
     return ({}, tuple(lost)) if best is None else (best[1], ())
@@ -315,9 +318,9 @@ def _with_plan(manifest: Manifest, plan: Plan) -> Manifest:
     return manifest.model_copy(update={"plan": plan})
 
 
-def _latency_ms(manifest: Manifest, fleet: Fleet) -> float | None:
+def _latency_ms(manifest: Manifest, fleet: Fleet, works: Mapping[str, PieceWork]) -> float | None:
     try:
-        costs = bundle_cost(manifest, fleet)
+        costs = bundle_cost(manifest, fleet, works=works)
     except ShoalError:
         return None
     return max(cost.latency_s for cost in costs.values()) * 1e3

@@ -46,6 +46,7 @@ class State:
         views: How many frames a sample has; None: one for all.
         wish: What the user wants.
         fixed: By method, settings that the user fixed.
+        platforms: By device id, where it is not its kind that says what it is.
         outcomes: Of every candidate that was made, or could not be.
         glances: Short trainings of others.
         seconds: That the search took, what was kept from before left out.
@@ -61,6 +62,7 @@ class State:
     views: int | None
     wish: Wish
     fixed: Mapping[str, Mapping[str, Setting]] = field(default_factory=dict)
+    platforms: Mapping[str, str] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
     glances: tuple[Glance, ...] = ()
     seconds: float = 0.0
@@ -117,7 +119,7 @@ def known(state: State, fleet: Fleet) -> Known:
     frame = request_bytes(np.zeros(state.frame.shape, state.frame.dtype))
     for candidate in dict.fromkeys((*state.space(fleet), *done)):
         outcome = done.get(candidate)
-        found = () if outcome is None else points_of(outcome, fleet)
+        found = () if outcome is None else points_of(outcome, fleet, state.platforms)
         if outcome is not None and not found:
             refused[candidate] = outcome.refused or "does not fit this fleet"
             continue
@@ -126,7 +128,7 @@ def known(state: State, fleet: Fleet) -> Known:
             if found:
                 points += [replace(point, strength=drawn.strength) for point in found]
             else:
-                points.append(point_of_sketch(candidate, drawn, fleet, frame))
+                points.append(point_of_sketch(candidate, drawn, fleet, frame, state.platforms))
         except ShoalError as error:
             points += found
             if not found:
@@ -176,6 +178,7 @@ def _as_json(state: State) -> dict[str, Any]:
         "views": state.views,
         "wish": asdict(state.wish),
         "fixed": {method: dict(own) for method, own in state.fixed.items()},
+        "platforms": dict(state.platforms),
         "outcomes": [outcome.as_json() for outcome in state.outcomes],
         "glances": [[candidate_json(x.candidate), x.accuracy] for x in state.glances],
         "seconds": state.seconds,
@@ -201,6 +204,7 @@ def _from_json(data: Mapping[str, Any]) -> State:
             method: {name: _tuples(value) for name, value in own.items()}
             for method, own in data["fixed"].items()
         },
+        platforms=data["platforms"],
         outcomes=tuple(map(Outcome.from_json, data["outcomes"])),
         glances=tuple(Glance(candidate_from(x), accuracy) for x, accuracy in data["glances"]),
         seconds=data["seconds"],

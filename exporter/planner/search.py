@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from agent.protocol.errors import ShoalError
+from exporter.cost.platform import load_platform
 from exporter.graph import layer_graph
 from exporter.methods.face import Progress
 from exporter.methods.snn.search import ResultCache, Work, Workers, content_key, map_cached
@@ -76,6 +77,7 @@ def search(
     progress: Progress,
     *,
     fixed: Mapping[str, Mapping[str, Setting]] | None = None,
+    platforms: Mapping[str, str] | None = None,
 ) -> Found:
     """Find the plan to take for a model, its data and a fleet.
 
@@ -85,16 +87,23 @@ def search(
         effort: How much may be done. What is done is kept, also when this is interrupted.
         progress: Told what is going on.
         fixed: By method, settings that the user fixed.
+        platforms: By device id, where it is not its kind that says what it is: names or files as
+            `load_platform` takes them.
 
     Raises:
+        FleetFileError: a platform for a device that is not in the fleet.
+        PlatformFileError: no such platform, or mistakes in its file.
         ShoalError: as `pipeline.load`; a candidate that cannot be made is no error.
     """
     started = time.monotonic()
     processes = effort.processes
     if processes > 1:
         task = replace(task, workers=1)
-    state = _begun(task, wish, fixed or {})
+    state = replace(_begun(task, wish, fixed or {}), platforms=platforms or {})
     fleet = state.fleet
+    for name, platform in state.platforms.items():
+        fleet.device(name)
+        load_platform(platform)
     cache = ResultCache(task.cache / FOLDER)
     keys: dict[Candidate, str] = {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import inf, prod
 
 import numpy as np
@@ -32,7 +32,7 @@ from agent.protocol.plan import (
 from exporter.channels import ChannelMap, channel_map, kept_graph
 from exporter.cost import BUDGET_RULES, Numbers, PieceCost, check_budgets, piece_cost, refuse
 from exporter.cost.shapes import graph_of, wide_resnet
-from exporter.cost.work import LayerWork, PieceWork, Sent
+from exporter.cost.work import LayerWork, PieceWork, Sent, work_of
 from exporter.graph import Flow, LayerGraph
 from exporter.methods.branches.settle import branch_plan
 from exporter.methods.ddnn.options import DdnnOptions
@@ -44,7 +44,7 @@ from exporter.methods.edgent.options import EdgentOptions
 from exporter.methods.layerwise.cut import divide, part_graph, plan_of
 from exporter.methods.layerwise.schemes import Rules, cheapest
 from exporter.methods.layerwise.steps import hub_graph
-from exporter.methods.lcp.capacity import procedure_1
+from exporter.methods.lcp.capacity import Fit, procedure_1
 from exporter.methods.lcp.method import keeps_of
 from exporter.methods.lcp.options import LcpOptions
 from exporter.methods.lcp.split import Widths
@@ -94,6 +94,16 @@ class Network:
         """How wide branches of the base can be."""
         return Widths(self.channels)
 
+    @cached_property
+    def pruned(self) -> dict[float | None, LayerGraph]:
+        """The base with shares of its parameters that were asked for before."""
+        return {}
+
+    @cached_property
+    def fits(self) -> dict[Fleet, Fit]:
+        """How wide branches may be on fleets that were asked for before."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Sketch:
@@ -102,6 +112,7 @@ class Sketch:
     Attributes:
         plan: Its nodes and messages.
         works: What its pieces do.
+        costs: What they ask of their devices.
         slack: Share by which the trained plan may cost less; 0: its shapes are final.
         strength: Weights of all its pieces together: of two plans of one method, the one with more
             is taken to be no less accurate. Infinite where training itself keeps the accuracy.
@@ -109,6 +120,7 @@ class Sketch:
 
     plan: Plan
     works: Mapping[str, PieceWork]
+    costs: Mapping[str, PieceCost]
     slack: float
     strength: float
 
@@ -141,8 +153,10 @@ def sketch(candidate: Candidate, network: Network, fleet: Fleet) -> Sketch:
         else ()
     )
     free = candidate.method == "snn" and dict(candidate.settings).get("keep") is None
-    strength = inf if free else float(sum(made.work.weights for made in costs.values()))
-    return Sketch(plan, {name: made.work for name, made in costs.items()}, slack, strength)
+    own_costs = {name: made.cost for name, made in costs.items()}
+    strength = inf if free else float(sum(cost.weight_bytes for cost in own_costs.values()))
+    works = {name: made.work for name, made in costs.items()}
+    return Sketch(plan, works, own_costs, slack, strength)
 
 
 @dataclass(frozen=True)
@@ -159,23 +173,26 @@ _Pieces = Mapping[str, _Made]
 def _made(
     graph: LayerGraph, name: str, sends: Output | None = None, *, bits: int | None = None
 ) -> _Made:
-    """A piece from its graph, as a manifest counts it: one layer with all its work."""
-    cost = piece_cost(graph, Numbers.INT8, name=name)
-    inputs = sum(graph.layer(each).elements for each in graph.inputs)
+    """A piece from its graph, as int8."""
     shape = graph.layer(graph.outputs[0]).output_shape
-    return _Made(cost, _work(cost, inputs, shape, sends, bits=bits))
+    sent = {} if sends is None else {sends: _sent(shape, bits)}
+    work = replace(work_of(graph, 1), sends=sent)
+    return _Made(piece_cost(graph, Numbers.INT8, name=name), work)
 
 
-def _work(
-    cost: PieceCost,
-    inputs: int,
-    shape: Sequence[int],
-    sends: Output | None,
-    *,
-    bits: int | None = None,
-) -> PieceWork:
+def _work(cost: PieceCost, inputs: int, shape: Sequence[int], sends: Output | None) -> PieceWork:
+    """A piece of a single layer, which reads all of its input for each output."""
     outputs = prod(shape)
-    layer = LayerWork(cost.macs, outputs, inputs, cost.weight_bytes, cost.macs // max(1, outputs))
+    reads = cost.macs // max(1, outputs)
+    layer = LayerWork(
+        macs=cost.macs,
+        outputs=outputs,
+        inputs=inputs,
+        weights=cost.weight_bytes,
+        reduction=reads,
+        channels=outputs if reads else 1,
+        taps=1 if reads else 0,
+    )
     return PieceWork(
         layers=(layer,),
         weights=cost.weight_bytes,
@@ -183,7 +200,7 @@ def _work(
         output_elements=outputs,
         input_elements=inputs,
         element_bytes=1,
-        sends={} if sends is None else {sends: _sent(shape, bits)},
+        sends={} if sends is None else {sends: _sent(shape, None)},
     )
 
 
@@ -233,10 +250,11 @@ def _head(features: Sequence[int], classes: int) -> _Made:
 
 def _lcp(candidate: Candidate, network: Network, fleet: Fleet) -> tuple[Plan, _Pieces, float]:
     widths = network.widths
-    options = LcpOptions()
-    fit = procedure_1(
-        widths, fleet, factor=options.factor, equal_features=widths.merge is Fusion.SUM
-    )
+    fit = network.fits.get(fleet)
+    if fit is None:
+        equal = widths.merge is Fusion.SUM
+        fit = procedure_1(widths, fleet, factor=LcpOptions().factor, equal_features=equal)
+        network.fits[fleet] = fit
     keeps = keeps_of(widths, fit, _given(candidate, "fatten", 0.0) / 100)
     names = {f"lcp-{device.id}": device.id for device in fleet.workers}
     pieces = {
@@ -277,8 +295,7 @@ def _student(kind: str, network: Network, features: int, device: Device, most: f
     high = MAX_WIDTH + 1
     while high - low > 1:
         middle = (low + high) // 2
-        graph = _student_graph(kind, network, features, middle)
-        cost = piece_cost(graph, Numbers.INT8, name=f"student-{device.id}")
+        graph, cost = _student_graph(kind, network.frame, features, middle)
         fits = all(rule(cost, device) is None for rule in BUDGET_RULES)
         if fits and cost.parameters <= most:
             low, found = middle, graph
@@ -289,9 +306,18 @@ def _student(kind: str, network: Network, features: int, device: Device, most: f
     return found
 
 
-def _student_graph(kind: str, network: Network, features: int, width: int) -> LayerGraph:
-    if kind == "dense" or (kind == "auto" and len(network.frame) != 3):
-        net = Layout("student", network.frame)
+@lru_cache(maxsize=4096)
+def _student_graph(
+    kind: str, frame: tuple[int, ...], features: int, width: int
+) -> tuple[LayerGraph, PieceCost]:
+    """A student and what it costs."""
+    graph = _student_layers(kind, frame, features, width)
+    return graph, piece_cost(graph, Numbers.INT8, name="student")
+
+
+def _student_layers(kind: str, frame: tuple[int, ...], features: int, width: int) -> LayerGraph:
+    if kind == "dense" or (kind == "auto" and len(frame) != 3):
+        net = Layout("student", frame)
         x = net.flatten("flatten", net.frame)
         for i in (1, 2):
             x = net.dense(f"fc{i}", x, 4 * width)
@@ -302,9 +328,9 @@ def _student_graph(kind: str, network: Network, features: int, width: int) -> La
         depth,
         (width, 2 * width, 4 * width),
         features,
-        image=network.frame[0],
+        image=frame[0],
         stem=min(16, width),
-        channels=network.frame[-1],
+        channels=frame[-1],
     )
 
 
@@ -313,7 +339,10 @@ def _snn(candidate: Candidate, network: Network, fleet: Fleet) -> tuple[Plan, _P
     if len(workers) > classes:
         raise PlanDoesNotFit(f"{len(workers)} devices, but {classes} classes")
     keep = dict(candidate.settings).get("keep")
-    graph = _pruned(network, float(keep) if isinstance(keep, int | float) else None)
+    share = float(keep) if isinstance(keep, int | float) else None
+    if share not in network.pruned:
+        network.pruned[share] = _pruned(network, share)
+    graph = network.pruned[share]
     work = _made(graph, "snn").work
     cost = piece_cost(graph, Numbers.INT8, name="snn")
     dealt = [tuple(range(classes))[i :: len(workers)] for i in range(len(workers))]

@@ -71,6 +71,7 @@ class Widths:
         """
         self._rounding, self._minimum = rounding, minimum_width
         self._channels = channels
+        self._alike: dict[str, list[Ids]] = {}
         graph = self._channels.graph
         last = graph.layer(graph.outputs[0])
         source = graph.layer(last.inputs[0]) if last.inputs else last
@@ -130,22 +131,28 @@ class Widths:
     def _ids(self, group: UnitGroup) -> Ids:
         return self._channels.offsets[group.name] + np.arange(group.size)
 
+    def _same_layers(self, group: UnitGroup) -> list[Ids]:
+        """The units of a group, those together that the same layers have."""
+        ids = self._ids(group)
+        layers = self._channels.units.values()
+        has = np.array([np.isin(ids, units) for units in layers], np.uint8)
+        signatures = np.packbits(has, axis=0).T
+        kinds, kind_of = np.unique(signatures, axis=0, return_inverse=True)
+        return [np.flatnonzero(kind_of.reshape(-1) == kind) for kind in range(len(kinds))]
+
     def _mask(self, group: UnitGroup, share: float, position: int, count: int) -> NDArray[np.bool_]:
         """A run of units, beginning where the position's part begins.
 
         Where layers have a group only in part (channels padded with zeros), the units that the
         same layers have are narrowed each on their own, so that every layer keeps its share.
         """
-        ids = self._ids(group)
-        layers = self._channels.units.values()
-        has = np.array([np.isin(ids, units) for units in layers], np.uint8)
-        signatures = np.packbits(has, axis=0).T
-        kinds, kind_of = np.unique(signatures, axis=0, return_inverse=True)
+        if group.name not in self._alike:
+            self._alike[group.name] = self._same_layers(group)
+        alike = self._alike[group.name]
         mask = np.zeros(group.size, np.bool_)
-        for kind in range(len(kinds)):
-            units = np.flatnonzero(kind_of.reshape(-1) == kind)
+        for units in alike:
             size = len(units)
-            least = self._minimum if len(kinds) == 1 else 1
+            least = self._minimum if len(alike) == 1 else 1
             take = min(size, narrowed(size, share, self._rounding, least))
             start = position * size // count
             mask[units[(start + np.arange(take)) % size]] = True
