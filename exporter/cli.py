@@ -442,6 +442,27 @@ def cost_bundle(bundle: Path, named: tuple[str, ...], trigger: bool, as_json: bo
         )
 
 
+@cost.command("platform")
+@click.argument("profiles", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--kind", required=True, help="Which device of the profiles.")
+@click.option("--base", required=True, metavar="PLATFORM", help="Whose memories and power it has.")
+@click.option("--name", required=True, help="What the new platform is called.")
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="The file to write."
+)
+def cost_platform(profiles: Path, kind: str, base: str, name: str, out: Path) -> None:
+    """Fit a platform to the layers that `shoal profile` timed on a device."""
+    from exporter.cost.platform import load_platform, parse_platform
+    from exporter.cost.profiled import platform_of_profile, platform_text
+    from exporter.methods.edgent.profile import load_profiles
+
+    platform = platform_of_profile(load_profiles(profiles).of(kind), load_platform(base), name)
+    text = platform_text(platform)
+    parse_platform(text, str(out))
+    out.write_text(text, encoding="utf-8")
+    click.echo(f"platform: {out}")
+
+
 @click.group()
 def counts() -> None:
     """Count the papers' networks, without building them: exact."""
