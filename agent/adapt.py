@@ -285,6 +285,8 @@ class Adapter:
             strategy.aggregator.device == min(strategy.nodes, key=lambda node: node.tier).device
             for strategy in plan.strategies
         ]
+        # Where an early exit may answer, waiting for it would count as sending.
+        self._whole = [len(strategy.exits) == 1 for strategy in plan.strategies]
         self._aim = adaptation.aim
         self._highest_bits_per_s = 2 * adaptation.highest_bits_per_s
         states = bandwidth_states(
@@ -354,7 +356,7 @@ class Adapter:
     def decided(self, strategy: int, decision: Decision) -> None:
         """A request was decided: what its messages took tells the bandwidth."""
         bits = float(self._table.sent_bits[strategy])
-        if bits == 0 or decision.bytes_received == 0:
+        if bits == 0 or decision.bytes_received == 0 or not self._whole[strategy]:
             return
         sending_ms = decision.latency.wire_ms
         if self._returns[strategy]:

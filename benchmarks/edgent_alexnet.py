@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.datasets import CACHE, npz_path
-from benchmarks.record import ROOT, Row, circumstances, report
+from benchmarks.record import ROOT, Row, circumstances, machine_line, report
 from exporter.data import DataSet, Split, load_data
 from exporter.training import Checkpoint, TrainOptions
 
@@ -132,10 +132,12 @@ def measure() -> dict[str, Any]:
             "test_shares": [round(float(share), 4) for share in shares],
             "of_last_exits_macs": round(float(shares @ np.array(costs)) / _alone(graph), 4),
         }
+    on_held_out = (held.argmax(axis=2) == data.held_out.labels).mean(axis=1)
     accuracies = (test.argmax(axis=2) == data.test.labels).mean(axis=1)
     return {
         "parameters": int(model.count_params()),
         "macs_until_exit": [int(cost) for cost in costs],
+        "held_out_accuracy": [round(float(x), 4) for x in on_held_out],
         "test_accuracy": [round(float(x), 4) for x in accuracies],
         "thresholds": found,
         "training": {**asdict(OPTIONS), "dropout": DROPOUT, "weights": list(WEIGHTS)},
@@ -178,6 +180,37 @@ def rows(result: dict[str, Any]) -> list[Row]:
             None,
         ),
     ]
+
+
+def draw(result: dict[str, Any]) -> str:
+    """Exits and thresholds of a result, Markdown."""
+    lines = [
+        "## AlexNet with five exits",
+        "",
+        f"{result['parameters']:,} parameters, CIFAR-10, {result['training']['epochs']} epochs "
+        "from scratch, all exits together; weights in float16. Thresholds are chosen on 5,000 "
+        f"held-out images for at most {MAX_DROP * 100:g} points below the last exit.",
+        "",
+        "| exit | MACs, earlier branches too | test accuracy |",
+        "|---|---|---|",
+    ]
+    for i, (macs, share) in enumerate(
+        zip(result["macs_until_exit"], result["test_accuracy"], strict=True), 1
+    ):
+        lines.append(f"| {i} | {macs / 1e6:.1f} M | {share * 100:.2f} % |")
+    lines += [
+        "",
+        "| entropy | thresholds | leave at exit 1..5 | test accuracy | MACs of the last exit |",
+        "|---|---|---|---|---|",
+    ]
+    for name, told in result["thresholds"].items():
+        thresholds = ", ".join(f"{x:g}" for x in told["thresholds"])
+        shares = " / ".join(f"{x * 100:.0f} %" for x in told["test_shares"])
+        lines.append(
+            f"| {name} | {thresholds} | {shares} | {told['test_accuracy'] * 100:.2f} % | "
+            f"{told['of_last_exits_macs'] * 100:.0f} % |"
+        )
+    return "\n".join([*lines, "", f"Measured at: {machine_line(result)}", ""])
 
 
 def main() -> int:

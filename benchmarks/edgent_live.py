@@ -51,6 +51,9 @@ LIMITS_MS = tuple(range(100, 1001, 100))
 SAMPLES = 500
 """Test frames that the device's sensor has."""
 DEVICE_ONLY = tuple(f"e{n}-device" for n in range(1, 6))
+EXPORTED = 300
+"""Images of each part that the export sees: TFLite-Micro's kernels are slow here, and accuracies
+are those of the exits on all images (benchmarks/edgent_alexnet.py)."""
 SUBNET = 61
 PRIORITY = 20
 METHODS = ("device only", "edge only", "partition only", "right-sizing only")
@@ -91,6 +94,9 @@ class Throttled:
 @contextmanager
 def real_time() -> Iterator[bool]:
     """Real-time priority for this process and those that it starts; whether it could be had."""
+    if os.sched_getscheduler(0) == os.SCHED_RR:
+        yield True
+        return
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(PRIORITY))
     except OSError:
@@ -185,15 +191,15 @@ def export(model: Any, profiles: Path) -> Path:
     data = cifar10()
     model.save(WORK / "alexnet5.keras")
     (WORK / "fleet.yaml").write_text(FLEET)
-    arrays = {"x_train": data.train.frames[:5000], "y_train": data.train.labels[:5000]}
-    arrays |= {"x_val": data.held_out.frames, "y_val": data.held_out.labels}
-    arrays |= {"x_test": data.test.frames, "y_test": data.test.labels}
+    arrays = {}
+    for name, part in (("train", data.train), ("val", data.held_out), ("test", data.test)):
+        arrays |= {f"x_{name}": part.frames[:EXPORTED], f"y_{name}": part.labels[:EXPORTED]}
     np.savez(WORK / "cifar10.npz", **arrays, classes=np.array(data.classes))
     options = EdgentOptions(
         limit_ms=1000.0,
         aim="accuracy",
-        keep=(*DEVICE_ONLY, *(f"e{n}-server" for n in range(1, 6)), *_best_cuts(model, profiles)),
-        strategies=14,
+        keep=(*DEVICE_ONLY, "e5-server", *_best_cuts(model, profiles)),
+        strategies=10,
         profiles=load_profiles(profiles),
     )
     bundle = WORK / "bundle"
@@ -204,7 +210,6 @@ def export(model: Any, profiles: Path) -> Path:
         bundle,
         method="edgent",
         options=options,
-        allow_drift=True,
         progress=_quiet,
     )
     np.save(bundle / "frames.npy", data.test.frames[:SAMPLES])
@@ -216,9 +221,9 @@ def _best_cuts(model: Any, profiles: Path) -> list[str]:
     """Of the last exit, the way with the least predicted latency at each rate."""
     from exporter.graph import layer_graph
     from exporter.methods.edgent.layers import chains
-    from exporter.methods.edgent.method import strategy_names
     from exporter.methods.edgent.profile import load_profiles
     from exporter.methods.edgent.search import cost_table, ways
+    from exporter.methods.edgent.stages import strategy_names
 
     loaded = load_profiles(profiles)
     found = ways(
@@ -302,11 +307,25 @@ def asking(
             asker.stop()
 
 
-def with_link_ms(manifest: Manifest, link_ms: float) -> Manifest:
-    """The manifest, reckoning so much for each message."""
+def exit_of(strategy: str) -> int:
+    """The exit of a strategy's name, from 0."""
+    return int(strategy[1 : strategy.index("-")]) - 1
+
+
+def reckoned(manifest: Manifest, link_ms: float) -> Manifest:
+    """The manifest with so much for each message, and the exits' accuracy on held-out images.
+
+    As in Algorithm 1 a later exit counts as better, also where the held-out images do not show it.
+    """
     plan = manifest.plan
+    exits = np.maximum.accumulate(load("edgent_alexnet")["held_out_accuracy"])
+    exits = exits + 1e-6 * np.arange(len(exits))
     assert plan.adaptation is not None
-    adaptation = plan.adaptation.model_copy(update={"link_ms": link_ms})
+    costs = tuple(
+        cost.model_copy(update={"accuracy": float(exits[exit_of(strategy.name)])})
+        for strategy, cost in zip(plan.strategies, plan.adaptation.costs, strict=True)
+    )
+    adaptation = plan.adaptation.model_copy(update={"link_ms": link_ms, "costs": costs})
     return manifest.model_copy(update={"plan": plan.model_copy(update={"adaptation": adaptation})})
 
 
@@ -322,7 +341,7 @@ def calibrate(bundle: Path, manifest: Manifest, seconds: Mapping[str, float]) ->
     plan = manifest.plan
     assert plan.adaptation is not None
     costs = cost_table(plan.adaptation)
-    strategy = [x.name for x in plan.strategies].index("e1-server")
+    strategy = [x.name for x in plan.strategies].index("e5-server")
     took = []
     with asking(bundle, manifest, RATES[-1], seconds) as asker:
         for sample in range(25):
@@ -336,25 +355,23 @@ def calibrate(bundle: Path, manifest: Manifest, seconds: Mapping[str, float]) ->
 
 def measure(requests: int, grid_requests: int, *, again: bool) -> dict[str, Any]:
     """Everything; `again`: with the bundle of the last time."""
-    from agent.adapt import cost_table
-
     WORK.mkdir(parents=True, exist_ok=True)
     profiles, bundle = WORK / "profiles.json", WORK / "bundle"
     if not again:
         from benchmarks.edgent_alexnet import trained
 
         model = trained()
-        bundle = export(model, profile(model))
+        with real_time():
+            bundle = export(model, profile(model))
     manifest = read_manifest(bundle)
     with real_time() as priority:
         alone = time_pieces(bundle, "eye")
         seconds = {name: FACTOR * value for name, value in alone.items()}
         link_ms = calibrate(bundle, manifest, seconds)
         print(f"a message takes {link_ms:.2f} ms", file=sys.stderr)
-        manifest = with_link_ms(manifest, link_ms)
+        manifest = reckoned(manifest, link_ms)
         predictions, grid = ask_all(bundle, manifest, seconds, requests, grid_requests)
-    assert manifest.plan.adaptation is not None
-    costs = cost_table(manifest.plan.adaptation)
+    exits = load("edgent_alexnet")["test_accuracy"]
     return {
         "link_ms": round(link_ms, 3),
         "delay_ms": DELAY_MS,
@@ -363,8 +380,8 @@ def measure(requests: int, grid_requests: int, *, again: bool) -> dict[str, Any]
         "alone_ms": {name: round(1e3 * value, 3) for name, value in alone.items()},
         "profiles": _profile_rows(profiles),
         "strategies": [
-            {"name": strategy.name, "accuracy": round(float(costs.accuracy[i]), 4)}
-            for i, strategy in enumerate(manifest.plan.strategies)
+            {"name": strategy.name, "accuracy": exits[exit_of(strategy.name)]}
+            for strategy in manifest.plan.strategies
         ],
         "predictions": predictions,
         "grid": grid,
@@ -563,8 +580,8 @@ def draw() -> str:
         )
     lines += [
         "",
-        "Accuracy that is reached in time (held-out images; 0: nothing is in time), Edgent's over "
-        "the requests asked, by latency required:",
+        "Accuracy that is reached in time (%, that of the exit on 10,000 test images; 0: nothing "
+        "is in time), of Edgent a mean over the requests asked, by latency required:",
         "",
         "| link | | " + " | ".join(f"{limit} ms" for limit in LIMITS_MS) + " |",
         "|---|---|" + "---|" * len(LIMITS_MS),

@@ -40,8 +40,12 @@ from agent.protocol.plan import Output
 from agent.target import Target
 from exporter import cli, pipeline
 from exporter.data import DataSet, load_data
+from exporter.graph import layer_graph
 from exporter.method_options import method_options
 from exporter.methods.edgent.cover import cover
+from exporter.methods.edgent.early import early_ways
+from exporter.methods.edgent.exits import add_exits
+from exporter.methods.edgent.layers import chains
 from exporter.methods.edgent.method import roles
 from exporter.methods.edgent.options import EdgentOptions
 from exporter.methods.edgent.profile import (
@@ -89,6 +93,8 @@ OPTIONS = EdgentOptions(
     lowest_bits_per_s=1e4,
     highest_bits_per_s=1e8,
     strategies=7,
+    entropy_exit=1,
+    entropy_drop=0.05,
 )
 
 
@@ -148,11 +154,11 @@ def test_plan_holds_a_table_of_strategies_with_their_costs(manifest: Manifest) -
 
     assert plan.adaptation is not None
     assert plan.adaptation.limit_ms == 400
-    assert 3 <= len(plan.strategies) == len(plan.adaptation.costs) <= 7
+    assert 5 <= len(plan.strategies) == len(plan.adaptation.costs) <= 9
     sent = [cost.sent_bytes for cost in plan.adaptation.costs]
     assert 0 in sent and max(sent) > 0
-    alone = [len(x.nodes) for x, bytes_ in zip(plan.strategies, sent, strict=True) if not bytes_]
-    assert set(alone) == {1}
+    for strategy, bytes_ in zip(plan.strategies, sent, strict=True):
+        assert ({x.device for x in strategy.nodes} == {"eye"}) == (bytes_ == 0)
     assert {x.device for strategy in plan.strategies for x in strategy.nodes} == {"eye", "server"}
 
 
@@ -207,6 +213,37 @@ def test_every_strategy_decides_what_its_pieces_say(fleet, manifest, data) -> No
 
 
 @pytest.mark.broker
+@pytest.mark.parametrize("name", ["e1-or-e3-device", "e1-or-e3-server"])
+def test_an_early_exit_answers_what_it_is_sure_of(fleet, manifest, data, name) -> None:
+    asker, _ = fleet
+    names = [x.name for x in manifest.plan.strategies]
+    strategy = manifest.plan.strategies[names.index(name)]
+    early, last = strategy.exits
+    frames, labels = data.test.frames[:60], data.test.labels[:60]
+
+    said = [asker.ask(frame, strategy=names.index(name)) for frame in frames]
+
+    assert 0 < early.threshold < last.threshold == 1.0
+    sure = [x for x in said if x.tier == early.tier]
+    assert {x.tier for x in said} == {early.tier, last.tier}
+    assert all(x.entropy <= early.threshold + 1e-6 for x in sure)
+    right = np.mean([x.label == data.classes[y] for x, y in zip(said, labels, strict=True)])
+    cost = manifest.plan.adaptation.costs[names.index(name)]
+    assert right >= cost.accuracy - 0.15
+
+
+def test_an_early_exit_that_is_none_is_refused() -> None:
+    found = chains(layer_graph(add_exits(network(), ["pool1", "conv2"])))
+    profiles = PROFILES.of("pi-4"), PROFILES.of("pc")
+
+    device, server = early_ways(found, 1, "eye", "server", profiles)
+    assert [stage.piece for stage in device.unsure] == ["front-pool1", "end-pool1-e3"]
+    assert [stage.piece for stage in server.unsure] == ["send-frame", "server-e3"]
+    with pytest.raises(DataError, match="exit 3 cannot answer early: there are 3"):
+        early_ways(found, 3, "eye", "server", profiles)
+
+
+@pytest.mark.broker
 def test_requests_without_a_strategy_take_what_the_link_allows(fleet, manifest, data) -> None:
     asker, _ = fleet
     adapter = asker.adapter
@@ -215,13 +252,13 @@ def test_requests_without_a_strategy_take_what_the_link_allows(fleet, manifest, 
 
     for frame in data.test.frames[:10]:
         asker.ask(frame)
-    fast = adapter.pick()
+    measured = adapter.bits_per_s
+    most = max(range(len(costs)), key=lambda i: costs[i].sent_bytes)
     for _ in range(30):
-        adapter.silent(fast)
+        adapter.silent(most)
 
-    assert adapter.bits_per_s < 1e6
-    assert costs[fast].sent_bytes > 0
-    assert costs[adapter.pick()].sent_bytes < costs[fast].sent_bytes
+    assert adapter.bits_per_s < min(measured, 1e5)
+    assert costs[adapter.pick()].sent_bytes < costs[most].sent_bytes
 
 
 @pytest.mark.broker
@@ -229,12 +266,12 @@ def test_server_that_goes_costs_no_request(fleet, manifest, data) -> None:
     asker, devices = fleet
     sends = [i for i, c in enumerate(manifest.plan.adaptation.costs) if c.sent_bytes]
 
-    before = [asker.ask(frame) for frame in data.test.frames[:5]]
+    before = [asker.ask(frame, strategy=sends[0]) for frame in data.test.frames[:5]]
     devices["server"].close()
     after = [asker.ask(frame) for frame in data.test.frames[:5]]
 
     names = [x.name for x in manifest.plan.strategies]
-    assert all(names.index(x.strategy) in sends for x in before[1:])
+    assert all(names.index(x.strategy) in sends for x in before)
     assert not any(names.index(x.strategy) in sends for x in after)
     assert all(x.best_guess is not None for x in after)
 
@@ -277,7 +314,7 @@ def test_bandwidth_of_an_emulated_link_is_measured_and_minded(
         try:
             eye.start()
             with Asker(manifest, load_fleet(bundle / "fleet.yaml"), address) as asker:
-                assert eventually(lambda: len(asker.statuses()) == 2, 20)
+                assert eventually(lambda: len(asker.statuses()) == 2, 60)
                 assert asker.adapter is not None
                 for _ in range(10):
                     asker.ask(data.test.frames[0], strategy=most)
@@ -287,7 +324,8 @@ def test_bandwidth_of_an_emulated_link_is_measured_and_minded(
             server.terminate()
             server.wait(10)
 
-    assert rate / 4 < measured < rate * 2
+    # A server that is busy elsewhere takes two messages at once, as if the link were faster.
+    assert rate / 4 < measured < rate * 4
 
 
 @needs_root
@@ -318,7 +356,7 @@ def test_monitor_shows_a_replayed_link_the_strategies_and_the_misses(
             eye.start()
             with Asker(manifest, fleet, target.broker) as asker, Watcher(target) as watcher:
                 state = initial(fleet, target.names, time.time())
-                assert eventually(lambda: len(asker.statuses()) == 2, 30)
+                assert eventually(lambda: len(asker.statuses()) == 2, 60)
                 link.restart()
                 begun_s, fast, slow = time.monotonic(), list[str](), list[str]()
                 while (at_s := time.monotonic() - begun_s) < 8:
@@ -350,6 +388,63 @@ def test_monitor_shows_a_replayed_link_the_strategies_and_the_misses(
     Console(file=text, width=200).print(render(state, time.time()))
     assert f"{state.choices.late} of {len(told)} late" in text.getvalue()
     assert slow[-1] in text.getvalue()
+
+
+@needs_root
+@pytest.mark.broker
+def test_a_link_that_stops_under_load_costs_no_request(
+    bundle: Path, manifest: Manifest, mosquitto: Mosquitto, data: DataSet
+) -> None:
+    assert manifest.plan.adaptation is not None
+    names = [x.name for x in manifest.plan.strategies]
+    sends = {
+        name
+        for name, cost in zip(names, manifest.plan.adaptation.costs, strict=True)
+        if cost.sent_bytes
+    }
+    fleet = load_fleet(bundle / "fleet.yaml")
+    conditions = Conditions(Schedule([(2.0, 5e6), (60.0, 0.0)]), delay_s=0.001)
+    answered: list[tuple[float, str, float]] = []
+    with (
+        EmulatedLink(conditions, conditions, subnet=free_subnet()) as link,
+        start_broker(host=link.outside) as broker,
+    ):
+        address = BrokerAddress(broker.host, broker.port)
+        line = [sys.executable, "-m", "agent", "run", "--device", "server"]
+        line += ["--bundle", str(bundle), "--broker", f"{broker.host}:{broker.port}"]
+        server = subprocess.Popen(link.command(line), stderr=subprocess.DEVNULL)
+        eye = RunningDevice(bundle, "eye", address, stop=threading.Event())
+        try:
+            eye.start()
+            with Asker(manifest, fleet, address) as asker:
+                assert eventually(lambda: len(asker.statuses()) == 2, 60)
+                link.restart()
+                begun_s = time.monotonic()
+
+                def ask_on(worker: int) -> None:
+                    while (at_s := time.monotonic() - begun_s) < 6:
+                        pending = asker.submit(data.test.frames[worker])
+                        decision = pending.result()
+                        answered.append((at_s, decision.strategy, pending.round_trip_ms))
+
+                threads = [threading.Thread(target=ask_on, args=(i,)) for i in range(3)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(20)
+                assert not any(thread.is_alive() for thread in threads)
+        finally:
+            eye.close()
+            server.terminate()
+            server.wait(10)
+
+    before = {name for at_s, name, _ in answered if at_s < 1.5}
+    after = [(name, took_ms) for at_s, name, took_ms in answered if at_s > 2.2]
+    assert before & sends
+    assert after and not {name for name, _ in after} & sends
+    # In time but for what this machine was busy with.
+    assert np.median([took_ms for _, took_ms in after]) < 400
+    assert max(took_ms for _, took_ms in after) < 2400
 
 
 def test_a_fleet_of_other_roles_is_refused(tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import zlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +31,7 @@ from exporter.data import DataSet
 from exporter.graph import layer_graph
 from exporter.methods.branches import feature_message_bytes
 from exporter.methods.edgent.cover import cover
+from exporter.methods.edgent.early import EarlyWay, answered, early_ways, settled
 from exporter.methods.edgent.exits import (
     add_exits,
     exit_logits,
@@ -42,7 +42,8 @@ from exporter.methods.edgent.exits import (
 from exporter.methods.edgent.layers import Chain, chains
 from exporter.methods.edgent.options import EdgentOptions
 from exporter.methods.edgent.profile import DEMONSTRATION, LatencyProfile
-from exporter.methods.edgent.search import Direction, Way, cost_table, ways
+from exporter.methods.edgent.search import Way, cost_table, ways
+from exporter.methods.edgent.stages import Stage, stages_of, strategy_names
 from exporter.methods.face import Design, Progress, RunPiece, Settled, TrainedPiece
 from exporter.quantize import CALIBRATION_SAMPLES
 from exporter.quantize.native_stderr import start_tensorflow
@@ -56,22 +57,6 @@ Floats = NDArray[np.float32]
 STATES = 64
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One piece on one device, in the order of a strategy.
-
-    Attributes:
-        piece: Its name.
-        behind: Layer behind which it begins; None: at the frame.
-        until: Layer whose output it gives; None: it hands the frame on.
-    """
-
-    device: str
-    piece: str
-    behind: str | None
-    until: str | None
-
-
 @dataclass(frozen=True, eq=False)
 class _Facts:
     """What `design` hands to `settle`."""
@@ -82,6 +67,12 @@ class _Facts:
     link_ms: float
     limit_ms: float
     measured_profile: bool
+    early: tuple[EarlyWay, ...]
+
+    @property
+    def rows(self) -> tuple[tuple[Stage, ...], ...]:
+        """All stages, each row one after the other."""
+        return (*self.stages, *(row for way in self.early for row in way.rows))
 
 
 class Edgent:
@@ -144,7 +135,12 @@ class Edgent:
             always=[i for i, name in enumerate(kept_names) if name in options.keep],
         )
         kept = tuple(stages[i] for i in chosen)
-        pieces, shapes = _pieces(branchy, kept, data)
+        early: tuple[EarlyWay, ...] = ()
+        if options.entropy_exit is not None:
+            profiles = (device_profile, server_profile)
+            early = early_ways(found_chains, options.entropy_exit, device.id, server.id, profiles)
+        rows = (*kept, *(row for way in early for row in way.rows))
+        pieces, shapes = _pieces(branchy, rows, data)
         facts = _Facts(
             ways=tuple(found[i] for i in chosen),
             stages=kept,
@@ -152,6 +148,7 @@ class Edgent:
             link_ms=link.latency_ms,
             limit_ms=limit_ms,
             measured_profile=device_profile.source == server_profile.source == "measured",
+            early=early,
         )
         return Design(pieces=pieces, facts=facts)
 
@@ -178,10 +175,12 @@ class Edgent:
     ) -> Settled:
         """Measure each strategy's accuracy on its exported pieces, and make the plan."""
         facts: _Facts = design.facts
-        held = _accuracies(facts, data.inputs(data.held_out.frames), data.held_out.labels, run)
-        tested = _accuracies(facts, data.inputs(data.test.frames), data.test.labels, run)
+        held_out, test = data.held_out, data.test
+        said = _Said(run, data.inputs(held_out.frames)), _Said(run, data.inputs(test.frames))
+        held = [_share(said[0](row).argmax(axis=1), held_out.labels) for row in facts.stages]
+        tested = [_share(said[1](row).argmax(axis=1), test.labels) for row in facts.stages]
         names = strategy_names(facts.ways)
-        costs = tuple(
+        costs = [
             StrategyCost(
                 compute_ms=way.device_ms + way.server_ms,
                 sent_bytes=_sent_bytes(row, facts.shapes, names, data.classes),
@@ -189,26 +188,55 @@ class Edgent:
                 accuracy=accuracy,
             )
             for way, row, accuracy in zip(facts.ways, facts.stages, held, strict=True)
-        )
+        ]
+        strategies = [_strategy(name, row) for name, row in zip(names, facts.stages, strict=True)]
+        abouts = [str(way) for way in facts.ways]
+        for way in facts.early:
+            logits = said[0](way.sure), said[0](way.unsure)
+            threshold, point = settled(
+                way,
+                logits,
+                held_out.labels,
+                max_drop=options.entropy_drop,
+                normalized=options.entropy_normalized,
+            )
+            left = 1 - point.shares[0]
+            sent = _sent_bytes(way.unsure, facts.shapes, names, data.classes) * (not way.shared)
+            costs.append(
+                StrategyCost(
+                    compute_ms=way.early_ms + left * way.late_ms,
+                    sent_bytes=round(left * sent),
+                    messages=math.ceil(left * 2) * (not way.shared),
+                    accuracy=_share(answered(logits, threshold), held_out.labels),
+                )
+            )
+            strategies.append(way.strategy(threshold))
+            names.append(way.name)
+            logits = said[1](way.sure), said[1](way.unsure)
+            tested.append(_share(answered(logits, threshold), test.labels))
+            (bound,) = point.thresholds
+            unit = "of ln C" if options.entropy_normalized else "nats"
+            abouts.append(
+                f"exit {way.exit} below an entropy of {bound:g} {unit} "
+                f"({point.shares[0] * 100:.0f} %), else the last exit, {way.name.split('-')[-1]}"
+            )
         plan = Plan(
             method="edgent",
             classes=data.classes,
-            pieces=_planned(facts.stages),
-            strategies=tuple(
-                _strategy(name, row) for name, row in zip(names, facts.stages, strict=True)
-            ),
+            pieces=_planned(facts.rows),
+            strategies=tuple(strategies),
             adaptation=Adaptation(
                 limit_ms=facts.limit_ms,
                 link_ms=facts.link_ms,
                 lowest_bits_per_s=options.lowest_bits_per_s,
                 highest_bits_per_s=options.highest_bits_per_s,
                 aim=options.aim,
-                costs=costs,
+                costs=tuple(costs),
             ),
         )
         rows = [
-            [name, str(way), f"{cost.compute_ms:.2f} ms", f"{cost.sent_bytes:,} B", _percent(share)]
-            for name, way, cost, share in zip(names, facts.ways, costs, tested, strict=True)
+            [name, about, f"{cost.compute_ms:.2f} ms", f"{cost.sent_bytes:,} B", _percent(share)]
+            for name, about, cost, share in zip(names, abouts, costs, tested, strict=True)
         ]
         origin = "measured profiles" if facts.measured_profile else "the paper's coefficients"
         sections = [
@@ -229,7 +257,7 @@ class Edgent:
             ),
             "accuracy_alone": Figure(
                 value=max(
-                    share for share, row in zip(tested, facts.stages, strict=True) if len(row) == 1
+                    share for share, cost in zip(tested, costs, strict=True) if not cost.sent_bytes
                 ),
                 unit="share",
                 origin="measured",
@@ -267,45 +295,6 @@ def profiles_of(
     if options.profiles is None:
         return DEMONSTRATION.of("paper-device"), DEMONSTRATION.of("paper-server")
     return options.profiles.of(device.kind.value), options.profiles.of(server.kind.value)
-
-
-def stages_of(way: Way, chain: Chain, device: str, server: str) -> tuple[Stage, ...]:
-    """The pieces of one way, in the order in which they run."""
-    exit_layer, number = chain.exit, f"e{way.exit}"
-    if way.device_only:
-        return (Stage(device, f"device-{number}", None, exit_layer),)
-    frame = Stage(device, "send-frame", None, None)
-    if way.server_only:
-        return (frame, Stage(server, f"server-{number}", None, exit_layer))
-    cut = chain.layers[way.point - 2].name
-    # The same front of two exits is one piece: it is called by its cut.
-    tag = re.sub(r"[^A-Za-z0-9_.-]", "_", cut)
-    if len(tag) > 36:
-        tag = f"{tag[:27]}-{zlib.crc32(cut.encode()):08x}"
-    if way.direction is Direction.DEVICE_FIRST:
-        return (
-            Stage(device, f"front-{tag}", None, cut),
-            Stage(server, f"rest-{tag}-{number}", cut, exit_layer),
-        )
-    return (
-        frame,
-        Stage(server, f"begin-{tag}", None, cut),
-        Stage(device, f"end-{tag}-{number}", cut, exit_layer),
-    )
-
-
-def strategy_names(found: Sequence[Way]) -> list[str]:
-    """A name for each way: e2-device, e5-server, e5-device-then-server-4."""
-    names = []
-    for way in found:
-        if way.device_only:
-            where = "device"
-        elif way.server_only:
-            where = "server"
-        else:
-            where = f"{way.direction.value.replace('_', '-')}-{way.point - 1}"
-        names.append(f"e{way.exit}-{where}")
-    return names
 
 
 def _sizes(row: Sequence[Stage], chain: Chain) -> dict[tuple[str, str], int]:
@@ -373,22 +362,24 @@ def _about(stage: Stage) -> str:
     return f"from {stage.behind or 'the frame'} to {stage.until}"
 
 
-def _accuracies(
-    facts: _Facts, inputs: Floats, labels: NDArray[np.int64], run: RunPiece
-) -> list[float]:
-    """Of each strategy, its exported pieces one after the other."""
-    said: dict[tuple[str, ...], Floats] = {}
-    accuracies = []
-    for row in facts.stages:
-        values = inputs
+class _Said:
+    """What the last of some exported pieces says about all frames, each run once."""
+
+    def __init__(self, run: RunPiece, inputs: Floats) -> None:
+        self._run = run
+        self._said: dict[tuple[str, ...], Floats] = {(): inputs}
+
+    def __call__(self, row: Sequence[Stage]) -> Floats:
         done: tuple[str, ...] = ()
         for stage in row:
-            done = (*done, stage.piece)
-            if done not in said:
-                said[done] = run(stage.piece, values)
-            values = said[done]
-        accuracies.append(float(np.mean(values.argmax(axis=1) == labels)))
-    return accuracies
+            before, done = done, (*done, stage.piece)
+            if done not in self._said:
+                self._said[done] = self._run(stage.piece, self._said[before])
+        return self._said[done]
+
+
+def _share(said: NDArray[np.intp], labels: NDArray[np.int64]) -> float:
+    return float(np.mean(said == labels))
 
 
 def _sent_bytes(

@@ -27,6 +27,10 @@ class EdgentOptions:
         keep: Names of strategies that are exported in any case, such as `e5-device`.
         aim: What a strategy is picked for: `reward` weighs accuracy and throughput, `accuracy`
             takes the most accurate one that is in time.
+        entropy_exit: An exit that, in strategies of their own, answers only what it is sure of by
+            entropy (BranchyNet); 1 = the earliest; None: there are none such.
+        entropy_normalized: Its threshold is chosen among shares of ln C, not among nats.
+        entropy_drop: Accuracy that the threshold may cost, a share of all samples.
         directions: Who may run the front.
         profiles: Latencies of kinds of devices; None: the paper's coefficients, for demonstration.
         cache: Where trainings are kept; None: nowhere.
@@ -43,6 +47,9 @@ class EdgentOptions:
     strategies: int = 8
     keep: tuple[str, ...] = ()
     aim: Literal["reward", "accuracy"] = "reward"
+    entropy_exit: int | None = None
+    entropy_normalized: bool = False
+    entropy_drop: float = 0.005
     directions: tuple[Direction, ...] = (Direction.SERVER_FIRST, Direction.DEVICE_FIRST)
     profiles: LatencyProfiles | None = None
     cache: Path | None = None
