@@ -123,13 +123,17 @@ def spatial(size: int, kernel: int, stride: int, dilation: int, padding: str) ->
     return (size - (kernel - 1) * dilation - 1) // stride + 1
 
 
-def convolution(rng, kind: str, dtype: str = "INT8") -> tuple[bytes, tuple[int, ...]]:
-    """A random convolution of one of KINDS."""
+def convolution(
+    rng, kind: str, dtype: str = "INT8", nine_taps: int = 0
+) -> tuple[bytes, tuple[int, ...]]:
+    """A random convolution of one of KINDS. nine_taps: 3 x 3 with this stride, if any."""
     height, width = (int(rng.integers(3, 10)) for _ in range(2))
     kernel = [int(k) for k in rng.integers(1, 4, 2)]
     dilation, stride = (1, 1), tuple(int(s) for s in rng.integers(1, 3, 2))
     if rng.random() < 0.3:
         dilation, stride = tuple(int(d) for d in rng.integers(1, 3, 2)), (1, 1)
+    if nine_taps:
+        kernel, dilation, stride = [3, 3], (1, 1), (nine_taps, nine_taps)
     groups = int(rng.integers(2, 4)) if kind == "grouped" else 1
     channels = groups * int(rng.integers(1, 6))
     filters = groups * int(rng.integers(1, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,20 @@ import pytest
 
 from agent.protocol.errors import DataError, ShoalError
 from agent.protocol.fleet import load_fleet
+from agent.protocol.line import Binary, LineClient
 from agent.protocol.manifest import Manifest, read_manifest
 from agent.protocol.messages import MessageKind
 from agent.protocol.plan import FRAME, Fusion
+from agent.protocol.port import SerialPort
 from agent.runtime import load_piece
 from exporter import pipeline
 from exporter.codegen import generate
 from exporter.methods.ddnn.options import DdnnOptions
-from exporter.methods.ddnn.packed import unpack
+from exporter.methods.ddnn.packed import execute, unpack
 from exporter.methods.ddnn.train import TrainOptions
+from firmware_tools.board import HOST
+from firmware_tools.bundle import open_part
+from firmware_tools.emulate import start_part
 from tests.ddnn_toys import tiles
 from tests.engines import Engines, Run
 
@@ -205,6 +211,28 @@ def test_a_microcontroller_gets_its_packed_block_as_c(bundle: Path) -> None:
     assert (home / "c" / "cam_0_block.c").read_text() == generated.files["cam_0_block.c"]
     assert "shoal_binary.c" in generated.files and "shoal_kernels.c" not in generated.files
     assert generated.constant_bytes <= 750
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_firmware_computes_the_packed_block_to_the_bit(bundle: Path, tmp_path: Path) -> None:
+    part = open_part(bundle, "cam-0")
+    block = unpack((bundle / "cam-0" / "cam-0-block.sdb").read_bytes())
+    frames = VIEWS[TESTED][:5, 2]
+    said = execute(block, frames)
+    bits = said.bits.reshape(len(frames), -1)
+    expected = np.hstack([np.where(bits, 1, -1).astype(np.int8), said.scores])
+
+    emulation, _, _ = start_part(part, tmp_path, HOST)
+    with emulation:
+        port = SerialPort(emulation.port)
+        client = LineClient(port)
+        client.identity(30.0)
+        ranges = [Binary(0, bits.shape[1], -1, 1)]
+        told = [client.infer(0, (frame ^ 0x80).tobytes(), 30.0, ranges).output for frame in frames]
+        port.close()
+
+    assert (tmp_path / "pieces" / "shoal_binary.c").exists()
+    assert [np.frombuffer(x, np.int8).tolist() for x in told] == expected.tolist()
 
 
 def test_report_shows_the_curve_and_the_lost_devices(bundle: Path) -> None:

@@ -950,6 +950,101 @@ fast_depthwise(struct depthwise_job *job __attribute__((unused)))
                      "pop {r4, r5, r6, r7, r8, r9, r10, r11, pc}\n\t");
 }
 
+/* Three taps of a row of a 3 x 3 kernel, whose ring row is at [sp, place]. */
+#define SHOAL_THREE_TAPS(place)                                                                    \
+    "ldr r1, [sp, #" place "]\n\t"                                                                 \
+    "ldr r2, [sp, #12]\n\t"                                                                        \
+    "add r1, r1, r3\n\t"                                                                           \
+    "add r2, r1, r2\n\t"                                                                           \
+    "ldmia r0!, {r8, r9, r10}\n\t"                                                                 \
+    "ldr r11, [r1]\n\t"                                                                            \
+    "ldr lr, [r2]\n\t"                                                                             \
+    SHOAL_TAP("r8", "r11", "lr")                                                                   \
+    "ldr r11, [r1, r12]\n\t"                                                                       \
+    "ldr lr, [r2, r12]\n\t"                                                                        \
+    SHOAL_TAP("r9", "r11", "lr")                                                                   \
+    "ldr r11, [r1, r12, lsl #1]\n\t"                                                               \
+    "ldr lr, [r2, r12, lsl #1]\n\t"                                                                \
+    SHOAL_TAP("r10", "r11", "lr")
+
+/* The same where the second pixel lies at the second tap of the first: four values, not six. */
+#define SHOAL_SHARED_TAPS(place)                                                                   \
+    "ldr r1, [sp, #" place "]\n\t"                                                                 \
+    "add r2, r12, r12, lsl #1\n\t"                                                                 \
+    "add r1, r1, r3\n\t"                                                                           \
+    "ldmia r0!, {r8, r9, r10}\n\t"                                                                 \
+    "ldr r11, [r1]\n\t"                                                                            \
+    "ldr lr, [r1, r12]\n\t"                                                                        \
+    SHOAL_TAP("r8", "r11", "lr")                                                                   \
+    "ldr r11, [r1, r12, lsl #1]\n\t"                                                               \
+    SHOAL_TAP("r9", "lr", "r11")                                                                   \
+    "ldr lr, [r1, r2]\n\t"                                                                         \
+    SHOAL_TAP("r10", "r11", "lr")
+
+/* As fast_depthwise, of 3 x 3 taps. On the stack: three rows, step, byte, job. */
+#define SHOAL_NINE_TAPS(three)                                                                     \
+    "push {r4, r5, r6, r7, r8, r9, r10, r11, lr}\n\t"                                              \
+    "sub sp, sp, #28\n\t"                                                                          \
+    "ldr r1, [r0]\n\t"                                                                             \
+    "ldmia r1, {r2, r3, r4}\n\t"                                                                   \
+    "stmia sp, {r2, r3, r4}\n\t"                                                                   \
+    "ldr r12, [r0, #12]\n\t"                                                                       \
+    "ldr r1, [r0, #16]\n\t"                                                                        \
+    "ldr r2, [r0, #36]\n\t"                                                                        \
+    "strd r1, r2, [sp, #12]\n\t"                                                                   \
+    "str r0, [sp, #20]\n\t"                                                                        \
+    "1:\n\t"                                                                                       \
+    "ldr lr, [sp, #20]\n\t"                                                                        \
+    "ldr r0, [lr, #20]\n\t"                                                                        \
+    "ldr r3, [lr, #40]\n\t"                                                                        \
+    "ldr r4, [r3]\n\t"                                                                             \
+    "ldr r5, [r3, #16]\n\t"                                                                        \
+    "mov r6, r4\n\t"                                                                               \
+    "mov r7, r5\n\t"                                                                               \
+    "ldr r3, [sp, #16]\n\t"                                                                        \
+    three("0") three("4") three("8")                                                               \
+    "ldr lr, [sp, #20]\n\t"                                                                        \
+    "ldr r3, [lr, #40]\n\t"                                                                        \
+    "ldrd r1, r2, [lr, #24]\n\t"                                                                   \
+    "ldrd r8, r9, [r3, #4]\n\t"                                                                    \
+    "ldrb r10, [r3, #14]\n\t"                                                                      \
+    "ldrb r11, [r3, #13]\n\t"                                                                      \
+    SHOAL_OUTPUT("r4")                                                                             \
+    SHOAL_OUTPUT("r6")                                                                             \
+    "ldrd r8, r9, [r3, #20]\n\t"                                                                   \
+    "ldrb r10, [r3, #30]\n\t"                                                                      \
+    "ldrb r11, [r3, #29]\n\t"                                                                      \
+    SHOAL_OUTPUT("r5")                                                                             \
+    SHOAL_OUTPUT("r7")                                                                             \
+    "strb r5, [r1, #1]\n\t"                                                                        \
+    "strb r4, [r1]\n\t"                                                                            \
+    "add r1, r1, r2\n\t"                                                                           \
+    "strb r7, [r1, #1]\n\t"                                                                        \
+    "strb r6, [r1]\n\t"                                                                            \
+    "add r1, r1, r2\n\t"                                                                           \
+    "ldrd r4, r3, [sp, #12]\n\t"                                                                   \
+    "ldr r5, [lr, #32]\n\t"                                                                        \
+    "add r3, r3, r4, lsl #1\n\t"                                                                   \
+    "str r3, [sp, #16]\n\t"                                                                        \
+    "str r1, [lr, #24]\n\t"                                                                        \
+    "subs r5, r5, #1\n\t"                                                                          \
+    "str r5, [lr, #32]\n\t"                                                                        \
+    "bne 1b\n\t"                                                                                   \
+    "add sp, sp, #28\n\t"                                                                          \
+    "pop {r4, r5, r6, r7, r8, r9, r10, r11, pc}\n\t"
+
+__attribute__((naked, noinline)) static void
+fast_nine_taps(struct depthwise_job *job __attribute__((unused)))
+{
+    __asm__ volatile(SHOAL_NINE_TAPS(SHOAL_THREE_TAPS));
+}
+
+__attribute__((naked, noinline)) static void
+fast_nine_shared_taps(struct depthwise_job *job __attribute__((unused)))
+{
+    __asm__ volatile(SHOAL_NINE_TAPS(SHOAL_SHARED_TAPS));
+}
+
 #endif
 
 /* One row of two channels, which lie together in the ring. */
@@ -973,7 +1068,13 @@ static void depthwise_row(const struct shoal_depthwise *k, const int16_t *const 
         }
         struct depthwise_job job = {rows, k->kernel_height, k->kernel_width, tap_step * 2U,
                                     step * 2U, pairs, to, pitch, blocks, channel * 2U, c};
-        fast_depthwise(&job);
+        if ((k->kernel_height != 3U) || (k->kernel_width != 3U)) {
+            fast_depthwise(&job);
+        } else if (tap_step == step) {
+            fast_nine_shared_taps(&job);
+        } else {
+            fast_nine_taps(&job);
+        }
         x = blocks * 2U;
         clamp_pair(o, to, pitch, x);
         to += x * pitch;
