@@ -61,7 +61,7 @@ GAP_POINTS, GAP_LATENCY, TIME_SHARE, ANSWER_S = 0.5, 0.05, 0.2, 2.0
 
 
 def network(path: Path) -> Path:
-    """Train the small network for digits: two convolutions of 16 and 32 filters, 64 units."""
+    """Train the small network for digits: two convolutions of 24 and 48 filters, 64 units."""
     import keras
     import numpy as np
     from keras import layers
@@ -219,8 +219,8 @@ def draw() -> str:
     lines = ["# The planner", "", HEADER, *map(str, rows(result)), ""]
     lines += [
         "A small network for digits, trainings cut short and students dense, so that whole spaces "
-        "can be trained: accuracies are of this comparison, not of the methods. Chosen by held-out samples; "
-        "latencies are estimated.",
+        "can be trained: accuracies are of this comparison, not of the methods. Chosen by held-out "
+        "samples; latencies are estimated.",
         "",
         "| fleet | trained, and short | chosen | accuracy | latency | best of all | accuracy "
         "| latency |",
