@@ -133,12 +133,12 @@ def size(bundle: Path, device: str, board: str | None, stack_bytes: int, as_json
 )  # fmt: skip
 @click.option(
     "--model", type=click.Path(dir_okay=False, path_type=Path),
-    help="Run this .tflite once instead, and tell output, instructions and sizes.",
+    help="Run this .tflite or .sdb once instead, and tell output, instructions and sizes.",
 )  # fmt: skip
 @click.option("--target", default="m4", show_default=True, help="Core that runs --model.")
 @click.option(
     "--input", "input_file", type=click.Path(dir_okay=False, path_type=Path),
-    help="A .npy of int8, as --model stores it; pseudo-random unless given.",
+    help="A .npy of int8, as --model stores it, or uint8 of a .sdb; pseudo-random unless given.",
 )  # fmt: skip
 @json_option
 def emulate(
@@ -208,6 +208,8 @@ def _emulate_model(model: Path, target: str, input_file: Path | None, as_json: b
             inputs = np.load(input_file, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DataError(f"{input_file}: not a .npy file: {error}") from None
+        if inputs.dtype == np.uint8 and model.suffix == ".sdb":
+            inputs = inputs.view(np.int8)
         if inputs.dtype != np.int8:
             raise DataError(f"{input_file}: holds {inputs.dtype.name}, the model stores int8")
     run = measure_model(model, target, inputs)

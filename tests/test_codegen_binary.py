@@ -265,7 +265,7 @@ def test_emulate_runs_a_packed_block(tmp_path: Path) -> None:
     given = golden_block.block()
     inputs = golden_block.frames()[:1]
     measured("m4", given, inputs, tmp_path / "piece")  # skips where a tool is missing
-    np.save(tmp_path / "x.npy", stored(given, inputs))
+    np.save(tmp_path / "x.npy", inputs)
     arguments = ["--model", str(FOLDER / PACKED), "--target", "m4"]
     arguments += ["--input", str(tmp_path / "x.npy"), "--json"]
     result = CliRunner().invoke(emulate, arguments)
