@@ -62,15 +62,15 @@ class Slots(_Data):
         origin: First byte of each slot.
         bytes: Size of each.
         state: Of the two pages of flags.
-        page_bytes: What is erased at once.
-        driver: flash_DRIVER.c writes it.
+        page_bytes: What is erased at once, or the smallest such sector.
+        driver: flash_DRIVER.c writes it. QEMU can only write `memory`.
     """
 
     origin: tuple[int, int]
     bytes: int
     state: tuple[int, int]
     page_bytes: int
-    driver: Literal["memory"]
+    driver: Literal["memory", "stm32f4"]
 
 
 class Board(_Data):

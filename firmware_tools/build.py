@@ -26,7 +26,9 @@ WARNINGS = (
     "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wdouble-promotion", "-Werror",
 )  # fmt: skip
 COMMON = ("-std=c99", *WARNINGS, "-O2", "-ffunction-sections", "-fdata-sections")
-_SMALL = ("-Os", "-fno-tree-loop-distribute-patterns", "-fno-inline-small-functions")
+_SMALL = (
+    "-Os", "-flto", "-fno-move-loop-invariants", "-fno-tree-loop-distribute-patterns",
+)  # fmt: skip
 """Of the bootloader, whose own memcpy must not become a call to itself."""
 _LOOP = ("shoal_agent.c", "shoal_crc.c", "shoal_frame.c")
 _PREFIX = {"arm": "arm-none-eabi-", "riscv": "riscv64-unknown-elf-"}
@@ -178,7 +180,7 @@ def build_image(
         [*files, *_port_files(board)],
         include,
         out / "image",
-        ("-O2", *extra_flags),
+        ("-O2", "-DSHOAL_POLLED=0", "-DSHOAL_EVEN_PARITY=0", *extra_flags),
         flash,
         ram,
     )
@@ -210,7 +212,8 @@ def build_bootloader(board: Board, out: Path) -> Image:
     ]
     files += [*_slot_files(board), *_port_files(board)]
     include = ["-I", str(out), "-I", str(FIRMWARE)]
-    return _link(board, files, include, out / "bootloader", _SMALL, BOOTLOADER_BYTES, ram)
+    flags = (*_SMALL, "-DSHOAL_POLLED=1", "-DSHOAL_EVEN_PARITY=1")
+    return _link(board, files, include, out / "bootloader", flags, BOOTLOADER_BYTES, ram)
 
 
 def build_boot_host(board: Board, out: Path) -> Path:

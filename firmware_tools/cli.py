@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from agent.protocol.frames import Identity
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _address(_: click.Context, __: click.Parameter, value: str) -> int:
+    try:
+        return int(value, 0)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no address, as 0x10000 is") from None
+
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 bundle_option = click.option(
@@ -294,6 +303,29 @@ def serial(port: str | None, baud: int, list_them: bool, as_json: bool) -> None:
 @click.option("--baud", type=click.IntRange(min=300), default=115_200, show_default=True)
 @click.option("--image-version", type=click.IntRange(1, 2**32 - 1), default=1, show_default=True)
 @click.option(
+    "--whole", is_flag=True,
+    help="Write an image that fills the chip, without our bootloader, through the chip's own.",
+)  # fmt: skip
+@click.option(
+    "--bootloader", is_flag=True,
+    help="Write our bootloader through the chip's own, and no image yet.",
+)  # fmt: skip
+@click.option(
+    "--image", "image_file", type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    help="Write this file of another build system instead; needs --through.",
+)  # fmt: skip
+@click.option(
+    "--through", type=click.Choice(("esptool", "mcumgr", "uf2")),
+    help="Bootloader that takes --image: an ESP32's, MCUboot's over MCUmgr, a UF2 drive at --port.",
+)  # fmt: skip
+@click.option(
+    "--address",
+    callback=_address,
+    default="0x10000",
+    show_default=True,
+    help="Of --image, for esptool.",
+)
+@click.option(
     "--roll-back", "back", is_flag=True,
     help="Write nothing: start the image before this one again, and keep it.",
 )  # fmt: skip
@@ -306,6 +338,11 @@ def flash(
     port: str | None,
     baud: int,
     image_version: int,
+    whole: bool,
+    bootloader: bool,
+    image_file: Path | None,
+    through: str | None,
+    address: int,
     back: bool,
     dry_run: bool,
     as_json: bool,
@@ -313,10 +350,13 @@ def flash(
     """Build a microcontroller's firmware, write it over its serial line, and read it back.
 
     On a board with our bootloader it goes into the slot that does not run; the new image is kept
-    once it answers, and otherwise gives way to the old one. On a bare STM32 it goes through the
-    chip's own bootloader: BOOT0 high, then reset.
+    once it answers, and otherwise gives way to the old one. A bare STM32 gets our bootloader once,
+    through its own (BOOT0 high, then reset): --bootloader; or an image alone: --whole.
     """
+    if whole + bootloader + back + (image_file is not None) > 1:
+        raise click.UsageError("give one of --whole, --bootloader, --image and --roll-back")
     from .board import load_board
+    from .build import build_bootloader
     from .bundle import build_part, open_part
     from .flash import (
         RESTART_TIMEOUT_S,
@@ -326,10 +366,25 @@ def flash(
         roll_back,
         who_answers,
     )
+    from .loaders import LOADERS
 
     part = open_part(bundle, device)
     target = load_board(board or part.board_name)
     path = port or matching_port(part.device.serial)
+    if (image_file is None) != (through is None):
+        raise click.UsageError("give --image and --through together")
+    if image_file is not None and through is not None:
+        content = image_file.read_bytes()
+        click.echo(f"{device}: {len(content)} B by {through} to {path}", err=True)
+        if dry_run:
+            click.echo("dry run: nothing was written", err=True)
+            return
+        with click.progressbar(length=2 * len(content), label="write", file=sys.stderr) as bar:
+            LOADERS[through](path, baud, address, content, bar.update)
+        if as_json:
+            _print({"written_bytes": len(content), "slot": None, "identity": None})
+        click.echo(f"{device}: written", err=True)
+        return
     if back:
         before = roll_back(path, baud)
         if as_json:
@@ -337,12 +392,18 @@ def flash(
         _tell(device, before)
         return
     slot, running = None, None
-    if target.slots is not None:
+    if bootloader and target.slots is None:
+        raise click.UsageError(f"{target.name} has no bootloader of ours")
+    if target.slots is not None and not (whole or bootloader):
         running = who_answers(path, baud)
         slot = 0 if running is None or running.slot != 0 else 1
     with tempfile.TemporaryDirectory(prefix="shoal-flash-") as folder:
-        image = build_part(
-            part, Path(folder), board_name=target.name, version=image_version, slot=slot
+        image = (
+            build_bootloader(target, Path(folder))
+            if bootloader
+            else build_part(
+                part, Path(folder), board_name=target.name, version=image_version, slot=slot
+            )
         )
         assert image.binary is not None
         content = image.binary.read_bytes()
@@ -361,6 +422,9 @@ def flash(
         length=2 * len(content), label="write and verify", file=sys.stderr
     ) as bar:
         flash_stm32(path, baud, origin, content, bar.update)
+    if bootloader:
+        click.echo("written and verified; BOOT0 low, reset, then: shoal flash", err=True)
+        return
     identity = who_answers(path, baud, RESTART_TIMEOUT_S)
     if as_json:
         seen = None if identity is None else _fields(identity)

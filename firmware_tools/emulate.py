@@ -179,8 +179,11 @@ def start_bootloader(board: Board, folder: Path, flash_file: Path) -> Emulation:
     Raises:
         ShoalError: the board has no bootloader, or a tool is missing.
     """
-    if board.slots is None:
-        raise ShoalError(f"{board.name} has no bootloader of ours", "boards that have: mps2-an386")
+    if board.slots is None or board.slots.driver != "memory":
+        raise ShoalError(
+            f"QEMU cannot write the flash of {board.name}: it runs images alone there",
+            "boards with a flash in a file: --board mps2-an386, mps2-an385",
+        )
     return Emulation(build_bootloader(board, folder), extra=flash_options(flash_file))
 
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 BY_ID = Path("/dev/serial/by-id")
 PIP_LINE = "pip install 'shoal[firmware]'"
 _BLOCK_BYTES = 256
-_TRIES = 3
+_TRIES = 8
 RESTART_TIMEOUT_S = 30.0
 SILENCE_S = 1.5
 """After this much of it, a bootloader waits for a new command: it gives up on one after 1 s."""
@@ -193,7 +193,7 @@ def flash_stm32(
 
     try:
         loader.reset_from_system_memory()
-        _erase(loader)
+        persistently(partial(_erase, loader))
         padded = content + b"\xff" * (-len(content) % 4)
         for at in range(0, len(padded), _BLOCK_BYTES):
             part = padded[at : at + _BLOCK_BYTES]

@@ -7,16 +7,19 @@
 #include "shoal_register.h"
 
 #define SYST_CSR SHOAL_REGISTER(0xE000E010U)
-#define NVIC_ICER(n) SHOAL_REGISTER(0xE000E180U + (4U * (n)))
-#define NVIC_ICPR(n) SHOAL_REGISTER(0xE000E280U + (4U * (n)))
+#define SYST_CSR_WRAPPED (1U << 16) /* cleared by reading */
 #define VTOR SHOAL_REGISTER(0xE000ED08U)
 
 bool shoal_boot_get(uint8_t *byte)
 {
-    const uint64_t begin = shoal_port_ticks();
+    uint32_t wraps = (shoal_port_tick_hz() >> 24) + 1U; /* of a counter of 24 bits */
     while (!shoal_ring_take(&shoal_port_received, byte)) {
         shoal_port_alive();
-        if ((shoal_port_ticks() - begin) > shoal_port_tick_hz()) {
+        shoal_port_send(); /* receives too: the UART has no interrupt here */
+        if ((SYST_CSR & SYST_CSR_WRAPPED) != 0U) {
+            wraps--;
+        }
+        if (wraps == 0U) {
             return false;
         }
     }
@@ -39,10 +42,6 @@ static void start(uint8_t slot)
     const uint32_t entry = SHOAL_REGISTER(vectors + 4U);
     __asm volatile("cpsid i" ::: "memory");
     SYST_CSR = 0U;
-    for (uint32_t i = 0U; i < ((SHOAL_IRQS + 31U) / 32U); i++) {
-        NVIC_ICER(i) = 0xFFFFFFFFU;
-        NVIC_ICPR(i) = 0xFFFFFFFFU;
-    }
     VTOR = vectors;
     __asm volatile("msr msp, %0\n\tdsb\n\tisb\n\tbx %1" ::"r"(stack), "r"(entry) : "memory");
 }

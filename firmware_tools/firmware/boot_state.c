@@ -173,6 +173,11 @@ bool shoal_boot_recorded(uint32_t kind, uint8_t slot)
     return find(active_page(), kind, slot) != 0U;
 }
 
+/* The slot that shoal_boot_protected told last. It stays needed, whatever is written to the other:
+ * hashes of both for every block would take minutes. */
+static uint8_t needed;
+static bool needed_is_known;
+
 /* The choice. */
 
 static uint32_t version_of(uint8_t slot)
@@ -239,7 +244,9 @@ uint8_t shoal_boot_protected(void)
 {
     struct facts facts;
     read_facts(&facts);
-    return best_old(&facts);
+    needed = best_old(&facts);
+    needed_is_known = needed != SHOAL_BOOT_NO_SLOT;
+    return needed;
 }
 
 bool shoal_boot_erase_slot(uint8_t slot)
@@ -268,7 +275,10 @@ bool shoal_boot_write(uint32_t address, const uint8_t *data, uint32_t length)
 {
     for (uint8_t slot = 0U; slot < 2U; slot++) {
         if (inside(slot, address, length)) {
-            return (slot != shoal_boot_protected()) && shoal_flash_program(address, data, length);
+            if (!needed_is_known) {
+                (void)shoal_boot_protected();
+            }
+            return (slot != needed) && shoal_flash_program(address, data, length);
         }
     }
     return false;

@@ -121,12 +121,13 @@ void shoal_port_alive(void)
 /* RM0090, 7.3 and 3.5: 168 MHz from the internal oscillator, 16 MHz * 336 / 16 / 2. */
 static uint32_t clock_begin(void)
 {
-    if (RCC_CR == 0U) {
-        return SHOAL_TICK_HZ; /* an emulator: on silicon the oscillator that we run on shows */
+    FLASH_ACR = SHOAL_POLLED ? 0x105U : 0x705U; /* five wait states, prefetch; caches */
+    if ((RCC_CR == 0U) || ((RCC_CFGR & 0xCU) == 8U)) {
+        /* An emulator: on silicon the oscillator that we run on shows. Or the bootloader did it. */
+        return SHOAL_TICK_HZ;
     }
     RCC_APB1ENR |= 1U << 28;
     PWR_CR |= 1U << 14;
-    FLASH_ACR = 0x705U; /* five wait states, caches, prefetch */
     RCC_PLLCFGR = 16U | (336U << 6) | (7U << 24);
     RCC_CR |= 1U << 24;
     uint32_t tries = READY_TRIES;
@@ -137,9 +138,8 @@ static uint32_t clock_begin(void)
         return 16000000U;
     }
     RCC_CFGR = (5U << 10) | (4U << 13) | 2U; /* APB1 / 4, APB2 / 2, the PLL */
-    tries = READY_TRIES;
-    while (((RCC_CFGR & 0xCU) != 8U) && (tries > 0U)) {
-        tries--;
+    while ((RCC_CFGR & 0xCU) != 8U) {
+        /* a few cycles: the PLL is there */
     }
     return SHOAL_TICK_HZ;
 }
@@ -238,6 +238,7 @@ static void fault_handler(void)
     }
 }
 
+#if !SHOAL_POLLED
 static void systick_handler(void)
 {
     systick_wraps++;
@@ -247,13 +248,16 @@ static void uart_handler(void)
 {
     shoal_uart_serve();
 }
+#endif
 
 void shoal_reset_handler(void)
 {
+#if !SHOAL_POLLED
     for (volatile uint32_t *word = shoal_stack_low;
          below(word + 16, __builtin_frame_address(0)); word++) {
         *word = STACK_PAINT;
     }
+#endif
     const uint32_t *from = shoal_data_from;
     for (volatile uint32_t *to = shoal_data_begin; below(to, shoal_data_end); to++) {
         *to = *from;
@@ -280,10 +284,12 @@ void shoal_reset_handler(void)
     core_hz = clock_begin();
     SYST_RVR = SYSTICK_RELOAD;
     SYST_CVR = 0U;
-    SYST_CSR = 7U;
+    SYST_CSR = SHOAL_POLLED ? 5U : 7U; /* with its interrupt, or without */
     shoal_uart_begin(uart_hz(core_hz));
+#if !SHOAL_POLLED
     NVIC_ISER(SHOAL_UART_RX_IRQ / 32U) = 1U << (SHOAL_UART_RX_IRQ % 32U);
     NVIC_ISER(SHOAL_UART_TX_IRQ / 32U) = 1U << (SHOAL_UART_TX_IRQ % 32U);
+#endif
     watchdog_begin();
     __asm volatile("cpsie i" ::: "memory");
     (void)main();
@@ -293,7 +299,7 @@ void shoal_reset_handler(void)
 /* What the core reads at reset and at interrupts. */
 struct vectors {
     uint32_t *stack_top;
-    void (*handlers[15 + SHOAL_IRQS])(void);
+    void (*handlers[15 + (SHOAL_POLLED ? 0 : SHOAL_IRQS)])(void);
 };
 
 extern const struct vectors shoal_vectors;
@@ -306,10 +312,12 @@ __attribute__((section(".vectors"), used)) const struct vectors shoal_vectors = 
         [3] = fault_handler,
         [4] = fault_handler,
         [5] = fault_handler,
+#if !SHOAL_POLLED
         [14] = systick_handler,
         [15 + SHOAL_UART_RX_IRQ] = uart_handler,
 #if SHOAL_UART_TX_IRQ != SHOAL_UART_RX_IRQ
         [15 + SHOAL_UART_TX_IRQ] = uart_handler,
+#endif
 #endif
     },
 };

@@ -1,5 +1,7 @@
 #include "shoal_sha256.h"
 
+#include "shoal_bytes.h"
+
 #include <string.h>
 
 static const uint32_t rounds[64] = {
@@ -31,8 +33,7 @@ static void add_block(uint32_t *state, const uint8_t *block)
     uint32_t w[64];
     uint32_t s[8];
     for (uint32_t i = 0U; i < 16U; i++) {
-        w[i] = ((uint32_t)block[4U * i] << 24) | ((uint32_t)block[(4U * i) + 1U] << 16) |
-               ((uint32_t)block[(4U * i) + 2U] << 8) | (uint32_t)block[(4U * i) + 3U];
+        w[i] = __builtin_bswap32(shoal_bytes_get32(&block[4U * i]));
     }
     for (uint32_t i = 16U; i < 64U; i++) {
         const uint32_t a = w[i - 15U];
@@ -75,12 +76,10 @@ void shoal_sha256(const uint8_t *data, uint32_t length, uint8_t *digest)
         add_block(state, last);
         (void)memset(last, 0, sizeof last);
     }
-    const uint64_t bits = (uint64_t)length * 8U;
-    for (uint32_t i = 0U; i < 8U; i++) {
-        last[56U + i] = (uint8_t)((bits >> (56U - (8U * i))) & 0xFFU);
-    }
+    shoal_bytes_put32(&last[56], __builtin_bswap32(length >> 29)); /* the length in bits */
+    shoal_bytes_put32(&last[60], __builtin_bswap32(length << 3));
     add_block(state, last);
-    for (uint32_t i = 0U; i < 32U; i++) {
-        digest[i] = (uint8_t)((state[i / 4U] >> (24U - (8U * (i % 4U)))) & 0xFFU);
+    for (uint32_t i = 0U; i < 8U; i++) {
+        shoal_bytes_put32(&digest[4U * i], __builtin_bswap32(state[i]));
     }
 }

@@ -7,6 +7,7 @@
 #define RCC_AHB1ENR SHOAL_REGISTER(0x40023830U)
 #define RCC_APB2ENR SHOAL_REGISTER(0x40023844U)
 #define GPIOA_MODER SHOAL_REGISTER(0x40020000U)
+#define GPIOA_PUPDR SHOAL_REGISTER(0x4002000CU)
 #define GPIOA_AFRH SHOAL_REGISTER(0x40020024U)
 #define SR SHOAL_REGISTER(SHOAL_UART_BASE + 0x00U)
 #define DR SHOAL_REGISTER(SHOAL_UART_BASE + 0x04U)
@@ -16,7 +17,12 @@
 #define SR_TXE (1U << 7)
 #define SR_RXNE (1U << 5)
 #define SR_ORE (1U << 3)
-#define CR1_ON ((1U << 13) | (1U << 5) | (1U << 3) | (1U << 2)) /* UE RXNEIE TE RE */
+#if SHOAL_EVEN_PARITY
+#define CR1_PARITY ((1U << 12) | (1U << 10)) /* a ninth bit, as the chip's own bootloader has it */
+#else
+#define CR1_PARITY 0U
+#endif
+#define CR1_ON (CR1_PARITY | (1U << 13) | (1U << 5) | (1U << 3) | (1U << 2)) /* UE RXNEIE TE RE */
 #define CR1_TXEIE (1U << 7)
 
 void shoal_uart_begin(uint32_t clock_hz)
@@ -25,7 +31,9 @@ void shoal_uart_begin(uint32_t clock_hz)
     RCC_APB2ENR |= 1U << 4;
     (void)RCC_APB2ENR; /* the clock is there two cycles later */
     GPIOA_AFRH = (GPIOA_AFRH & ~0xFF0U) | 0x770U;
+    GPIOA_PUPDR = (GPIOA_PUPDR & ~(3U << 20)) | (1U << 20); /* RX up: no noise when unplugged */
     GPIOA_MODER = (GPIOA_MODER & ~(0xFU << 18)) | (0xAU << 18);
+    CR1 = 0U; /* word length is changed while it is off */
     BRR = (clock_hz + (SHOAL_UART_BAUD / 2U)) / SHOAL_UART_BAUD;
     CR1 = CR1_ON;
 }
