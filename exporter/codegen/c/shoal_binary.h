@@ -58,9 +58,9 @@ void shoal_pixel_convp(const struct shoal_pixel_convp *k, const uint8_t *input, 
  */
 struct shoal_bit_convp {
     struct shoal_bit_pool pool;
-    const uint16_t *weights; /* filters times channels, filled up to fours with zeros: bits
-                                0..2 the upper row from left to right,
-                                3..5 the middle one, 6..8 the lower one; 1 = +1 */
+    const uint16_t *weights; /* filters times channels, filled up to fours with zeros: bits 0..2
+                                the upper row from left to right, 3..5 the middle one, 6..8 the
+                                lower one; 1 = +1 */
     const uint16_t *starts;  /* nine a filter: what the counter begins with so that its highest bit
                                 says the answer; rows first, middle, last times columns likewise */
     uint16_t channels;
@@ -69,7 +69,7 @@ struct shoal_bit_convp {
     uint32_t in_plane;       /* bytes from a plane to the next */
 };
 
-/** scratch: tables of `block` channels, counters of all filters twice, the ring; 4-byte boundary. */
+/** scratch: tables of `block` channels, counters of all filters twice, ring; 4-byte boundary. */
 void shoal_bit_convp(const struct shoal_bit_convp *k, const uint8_t *input, uint8_t *output,
                      void *scratch);
 

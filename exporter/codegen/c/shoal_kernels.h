@@ -62,7 +62,7 @@ struct shoal_conv {
     uint8_t int4; /* weights are halves of bytes: of eight, the first four are the lower ones */
 };
 
-/** scratch: list of stretches, ring, slab, one pair's weights if int4, as laid out at export; on a 4-byte boundary. */
+/** scratch: list of stretches, ring, slab, one pair's weights if int4; on a 4-byte boundary. */
 void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output, void *scratch);
 
 /**
