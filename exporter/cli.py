@@ -75,6 +75,11 @@ def plan(
     """
     from exporter.planner.command import answer_what_if, plan_all, replan_bundle
 
+    if (edits or bundle is not None) and (model is not None or data is not None):
+        raise click.UsageError(
+            "--what-if answers from the last search and --from from a bundle: leave the model and "
+            "--data out"
+        )
     if edits:
         answer_what_if(edits, chosen["cache"], as_json=as_json)
         return

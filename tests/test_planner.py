@@ -201,7 +201,7 @@ def test_the_most_accurate_is_named_where_none_is_accurate_enough():
     choice = choose(points, WISH)
 
     assert (choice.point, choice.meets) == (points[0], False)
-    assert choice.sentence.startswith("No plan stays within 1 points")
+    assert choice.sentence.startswith("No plan stays within 1 point of the model's 98.00 %")
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,8 @@ def test_moved_bundle_is_not_written_over_itself(tmp_path):
         (("plan",), "Missing option '--data'"),
         (("export",), "Missing option '--data'"),
         (("plan", "--data", "digits", "-o", "x"), "-o goes with --from"),
+        (("plan", "--data", "digits", "--what-if", "add 1 pi-4"), "leave the model and --data out"),
+        (("plan", "--data", "digits", "--platform", "eye"), "'eye' is not DEVICE=PLATFORM"),
         (("plan", "--data", "digits", "--method", "snn", "--goal", "bytes"), "belongs to auto"),
     ],
 )

@@ -227,7 +227,7 @@ def _sentence(
     ]
     if not meets:
         words = [
-            f"No plan stays within {wish.max_loss * 100:g} points of the model's "
+            f"No plan stays within {_points(wish.max_loss)} of the model's "
             f"{reference * 100:.2f} %"
             + ("" if wish.max_loss_one_lost is None else " as asked for, one device lost or not")
             + f"; the most accurate is {_called(taken)}, {accuracy * 100:.2f} % right (measured), "
@@ -272,6 +272,11 @@ def _against_single(taken: Point, points: Sequence[Point], wish: Wish, reference
         f", {times:.2g} times less {_GOALS[wish.goal]} than the whole network on "
         f"{rival.candidate.devices[0]} ({wish.text(rival)})"
     )
+
+
+def _points(share: float) -> str:
+    number = f"{share * 100:g}"
+    return f"{number} point" if number == "1" else f"{number} points"
 
 
 _GOALS = {"latency": "time", "bytes": "traffic", "energy": "energy", "memory": "memory"}
