@@ -185,6 +185,13 @@ def test_rows_that_fill_bytes_and_words_exactly(kernels: Path, tmp_path: Path, w
     check(kernels, tmp_path, blocks)
 
 
+def test_maps_of_more_than_64_kilobytes(kernels: Path, tmp_path: Path) -> None:
+    given = block(
+        np.random.default_rng(8), (120, 160, 16), [(32, 1), (2, 2)], [], reads_bits=True, classes=2
+    )
+    check(kernels, tmp_path, [given])
+
+
 def test_thresholds_that_no_sum_reaches_and_that_every_sum_does(
     kernels: Path, tmp_path: Path
 ) -> None:

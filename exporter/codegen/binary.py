@@ -33,6 +33,8 @@ SLACK_BYTES = 4
 PIXEL_CENTRE = 128
 _TYPES = (0, 1, -1)
 _LARGEST = 65535
+_WIDE = frozenset({"bytes", "in_plane", "out_bytes", "out_plane", "plane"})
+"""Fields of 32 bits; all others have 16."""
 _ELSEWHERE = "make the block smaller, or give it to a device that runs LiteRT"
 
 
@@ -207,7 +209,7 @@ def _lowered(block: PackedBlock, as_tflite: bool) -> tuple[_Steps, int]:
 
 def _struct(name: str, fields: dict[str, int | str], size: int) -> Constant:
     for key, value in fields.items():
-        if isinstance(value, int) and value > _LARGEST and key not in ("tail", "bytes", "plane"):
+        if isinstance(value, int) and value > _LARGEST and key not in _WIDE:
             raise UnsupportedLayer(f"{key} is {value}, at most {_LARGEST} is supported", _ELSEWHERE)
     return Constant(f"struct {name}", "", tuple(f".{k} = {v}" for k, v in fields.items()), size)
 
