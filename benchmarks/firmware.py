@@ -72,17 +72,20 @@ KEPT, TRIAL, RETURNED = 0, 1, 2
 def power(kills: int, seed: int, add: bool) -> dict[str, Any]:
     """QEMU killed at random moments of updates; an exit at every write of one update."""
     with tempfile.TemporaryDirectory() as name:
-        result = _kills(Path(name), kills, seed)
+        folder = Path(name)
+        result = _kills(folder, kills, seed)
         if add and (RESULTS / "firmware_power.json").exists():
             before = load("firmware_power")
             result["kills"] += before["kills"]
-            for name_of in ("phases", "outcomes"):
-                result[name_of] = dict(Counter(before[name_of]) + Counter(result[name_of]))
-        result["writes"] = {
-            board: _every_write(Path(name), load_board(board))
-            for board in board_names()
-            if load_board(board).slots is not None
-        }
+            for what in ("phases", "outcomes"):
+                result[what] = dict(Counter(before[what]) + Counter(result[what]))
+            result["writes"] = before["writes"]
+        else:
+            result["writes"] = {
+                board.name: _every_write(folder, board)
+                for board in map(load_board, board_names())
+                if board.slots is not None
+            }
     result["circumstances"] = circumstances("stm32loader")
     return result
 

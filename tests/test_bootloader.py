@@ -337,7 +337,11 @@ def test_command_flashes_updates_and_names_what_answers(board: BootBoard) -> Non
         first = shoal(*flash, "--image-version", "1")
         second = shoal(*flash, "--image-version", "2")
         seen = shoal("serial", "--port", emulation.port)
+        back = shoal(*flash, "--roll-back")
     assert (first["slot"], first["identity"]["image_version"]) == (0, 1)
     assert (second["slot"], second["identity"]["image_version"]) == (1, 2)
     assert (seen["slot"], seen["plan"], seen["board"]) == (1, plan, "mps2-an386")
+    assert (back["slot"], back["identity"]["image_version"], back["identity"]["plan"]) == (
+        0, 1, plan
+    )  # fmt: skip
     assert [piece["name"] for piece in seen["pieces"]] == ["snn_1"]
