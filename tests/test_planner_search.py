@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from export_cases import SMALL_FLEET, copy_bundle, exported, home, inputs, model
 
 from agent.protocol.fleet import parse_fleet
 from agent.protocol.manifest import check_files, read_manifest
+from exporter.cost.bundle import bundle_cost, works_of_files
 from exporter.planner.candidates import Candidate
 from exporter.planner.choice import Wish, choose
 from exporter.planner.evaluate import Task, evaluate
@@ -177,6 +179,33 @@ def test_search_that_was_broken_off_goes_on_where_it_was(tmp_path):
     assert latest(tmp_path / "cache") == second.state
     points = known(second.state, second.state.fleet).points
     assert choose(points, second.state.wish).point == second.choice.point
+
+
+def test_sketch_of_the_whole_network_is_what_its_exported_file_costs():
+    cache, _ = planned()
+    state = latest(cache)
+
+    trained = [x for x in known(state, state.fleet).points if x.trained]
+    sketched = known(replace(state, outcomes=()), state.fleet).points
+    before = {point.candidate: point.latency_ms for point in sketched}
+
+    for point in trained:
+        assert point.latency_ms == pytest.approx(before[point.candidate], rel=0.05)
+
+
+def test_sketch_of_pruned_networks_is_below_what_the_exported_ones_cost():
+    cache, _ = planned()
+    state = latest(cache)
+    bundle, _ = exported()
+    manifest = read_manifest(bundle)
+    team = Candidate("snn", ("pi-door", "mcu-east", "pi-shelf"), (("quick", True),))
+    (bound,) = [x for x in known(state, state.fleet).points if x.candidate == team]
+
+    costs = bundle_cost(manifest, state.fleet, works=works_of_files(bundle, manifest))
+
+    (cost,) = costs.values()
+    assert bound.latency_ms <= cost.latency_s * 1e3
+    assert bound.sent_bytes <= cost.bytes_sent
 
 
 def test_what_is_sent_to_worker_processes_can_be():
