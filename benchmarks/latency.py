@@ -1,6 +1,6 @@
 """Predicted against measured: latency and bytes of a decision, all methods, real agents.
 
-python -m benchmarks.latency [--keep] [--json] [--requests 8] [--only METHOD ...]
+python -m benchmarks.latency [--keep] [--json] [--requests 8] [--only METHOD ...] [--again]
 
 Every bundle of `benchmarks.method_fleets` is run by its agents, each in a network namespace on an
 emulated medium (`benchmarks.medium`), and asked by who sits with the broker on the aggregator.
@@ -25,13 +25,13 @@ import numpy as np
 
 from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest, read_manifest
-from agent.protocol.messages import Header, Request, encode
+from agent.protocol.messages import Decision, Header, Latency, Request, encode, encode_text
 from agent.protocol.topics import Topics
 from benchmarks.emulated import Air, Asked, alone, interpreter_s, measure
 from benchmarks.method_fleets import CACHE, CALIBRATION, CASES, HUB, Case, built
 from benchmarks.record import BRIEF, HEADER, ROOT, Row, circumstances, load, machine_line, report
 from exporter.cost.bundle import network_of, works_of_files
-from exporter.cost.fit import fitted_platform, slowed
+from exporter.cost.fit import fitted_platform, slowed, with_packed
 from exporter.cost.memory import interpreter_bytes
 from exporter.cost.platform import Platform, load_platform
 from exporter.cost.tflite import work_of_file
@@ -66,7 +66,7 @@ def fitting_networks() -> list[tuple[bytes, float]]:
         command = [sys.executable, "-m", "benchmarks.latency", "--networks", str(kept)]
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=ROOT, env=os.environ | quiet, check=True)
-    files = pickle.loads(kept.read_bytes())
+    files = pickle.loads(kept.read_bytes())  # written by this module, below
     return [(tflite, interpreter_s(tflite)) for tflite in files]
 
 
@@ -103,6 +103,25 @@ def draw_networks(path: Path) -> None:
     path.write_bytes(pickle.dumps(files))
 
 
+def packed_blocks() -> list[tuple[bytes, float]]:
+    """Binary blocks as .tflite with int4 weights, of other sizes than those predicted."""
+    from exporter.methods.ddnn.packed import Block, ConvP, Exit, Threshold
+    from exporter.methods.ddnn.tflite_block import block_tflite
+
+    rng = np.random.default_rng(1)
+    found = []
+    for side, filters in ((16, 4), (16, 12), (24, 2), (24, 8), (40, 4), (48, 2)):
+        at = rng.integers(-9, 9, filters).astype(np.int32)
+        weights = rng.random((filters, 3, 3, 3)) < 0.5
+        conv = ConvP(weights, Threshold(at, np.zeros(filters, bool)), 2)
+        inputs = filters * (side // 2) ** 2
+        scores = Exit(rng.random((10, inputs)) < 0.5, np.ones(10, np.int32), 4, 0.1)
+        block = Block((side, side, 3), False, 0, filters, (conv,), (), scores)
+        tflite = block_tflite(block, {}, weight_bits=4)
+        found.append((tflite, interpreter_s(tflite)))
+    return found
+
+
 def fitted_machine() -> tuple[Platform, dict[str, float]]:
     """This machine's processor, and how well it is described: errors on other networks."""
     samples = [(work_of_file(tflite, 1), seconds) for tflite, seconds in fitting_networks()]
@@ -117,7 +136,8 @@ def fitted_machine() -> tuple[Platform, dict[str, float]]:
             for i, (work, seconds) in enumerate(samples)
             if i % 5 == part
         ]
-    return platform, {
+    packed = [(work_of_file(tflite, 1), seconds) for tflite, seconds in packed_blocks()]
+    return with_packed(platform, packed), {
         "networks": len(samples),
         "median_error": float(np.median(errors)),
         "worst_error": float(np.max(errors)),
@@ -125,7 +145,7 @@ def fitted_machine() -> tuple[Platform, dict[str, float]]:
 
 
 def fitted_handling(
-    runs: Sequence[tuple[Prepared, Asked]], platform: Platform, air: Air
+    runs: Sequence[tuple[Prepared, float]], platform: Platform, air: Air
 ) -> Handling:
     """What programs take for messages, from fleets that do little else.
 
@@ -137,10 +157,9 @@ def fitted_handling(
     def error(candidate: Mapping[str, float]) -> float:
         handling = Handling(**candidate, processors=PROCESSORS)
         total = 0.0
-        for prepared, asked in runs:
+        for prepared, measured_s in runs:
             cost = prepared.predict(platform, air, handling)
-            predicted = cost[max(cost)].latency_s
-            total += (predicted / statistics.median(asked.round_trip_s) - 1) ** 2
+            total += (cost[max(cost)].latency_s / measured_s - 1) ** 2
         return total
 
     best = error(values)
@@ -210,6 +229,7 @@ class Prepared:
             latency_s=air.latency_s,
             shared=air.shared,
             packets=Packets.of_tcp(acknowledged=air.shared),
+            decision_bytes=0 if handling is None else self._decision_bytes(strategy),
             # MQTT 5: kind, length, the topic with its length, no properties.
             overhead_bytes=0 if handling is None else 6 + len(topic),
             handling=handling or Handling(),
@@ -221,6 +241,19 @@ class Prepared:
         platforms = dict.fromkeys((device.id for device in fleet.devices), platform)
         setting = Setting(platforms, network, HUB, len(request))
         return plan_cost(self.manifest.plan, self.works, setting, strategy=strategy)
+
+    def _decision_bytes(self, strategy: int) -> int:
+        """Of a decision that one node makes alone."""
+        chosen = self.manifest.plan.strategies[strategy]
+        label = self.manifest.plan.classes[0]
+        times = dict.fromkeys(Latency.model_fields, 12.345678901234567)
+        decision = Decision(
+            plan=self.manifest.plan_id, request="0" * 16, boot="0" * 8, label=label,
+            best_guess=label, entropy=0.12345678901234567, tier=chosen.aggregator.tier,
+            strategy=chosen.name, entropies={}, contributors=(chosen.aggregator.name,),
+            missing=(), bytes_received=0, latency=Latency(**times),
+        )  # fmt: skip
+        return len(encode_text(decision))
 
     def measure(self, air: Air, requests: int, strategy: int = 0) -> Asked:
         """The same measured."""
@@ -253,21 +286,12 @@ class Prepared:
         )
 
 
-def compared(
-    prepared: Prepared, asked: Asked, platform: Platform, name: str, handling: Handling,
-    strategy: int,
-) -> dict[str, Any]:  # fmt: skip
-    """One row: what was predicted, what was measured."""
-    costs = prepared.predict(platform, AIRS[name], handling, strategy=strategy)
-    bare = prepared.predict(platform, AIRS[name], None, strategy=strategy)
+def measured_row(prepared: Prepared, asked: Asked, name: str, strategy: int) -> dict[str, Any]:
+    """What was measured of one fleet on one medium."""
     tier = statistics.mode(asked.tiers)
-    cost = costs[tier]
-    measured_s = statistics.median(
-        taken for taken, at in zip(asked.round_trip_s, asked.tiers, strict=True) if at == tier
-    )
-    predicted_bytes = prepared.published(bare[tier])
-    measured_bytes = {k: v for k, v in asked.payload_bytes.items() if k in asked.memory_bytes}
-    measured_bytes.pop(HUB, None)
+    took = [s for s, at in zip(asked.round_trip_s, asked.tiers, strict=True) if at == tier]
+    published = {k: v for k, v in asked.payload_bytes.items() if k in asked.memory_bytes}
+    published.pop(HUB, None)
     return {
         "case": prepared.case.name,
         "method": prepared.case.method,
@@ -275,17 +299,32 @@ def compared(
         "strategy": prepared.manifest.plan.strategies[strategy].name,
         "air": name,
         "exit": tier,
+        "measured_ms": statistics.median(took) * 1e3,
+        "lowest_ms": min(took) * 1e3,
+        "highest_ms": max(took) * 1e3,
+        "missing": asked.missing,
+        "measured_bytes": sum(published.values()),
+        "published": published,
+    }
+
+
+def predicted_row(
+    prepared: Prepared, measured: Mapping[str, Any], platform: Platform, handling: Handling
+) -> dict[str, Any]:
+    """The same row with what is predicted."""
+    names = [strategy.name for strategy in prepared.manifest.plan.strategies]
+    strategy, air = names.index(measured["strategy"]), AIRS[measured["air"]]
+    cost = prepared.predict(platform, air, handling, strategy=strategy)[measured["exit"]]
+    bare = prepared.predict(platform, air, None, strategy=strategy)[measured["exit"]]
+    published = prepared.published(bare)
+    return {
+        **measured,
         "predicted_ms": cost.latency_s * 1e3,
-        "measured_ms": measured_s * 1e3,
-        "lowest_ms": min(asked.round_trip_s) * 1e3,
-        "highest_ms": max(asked.round_trip_s) * 1e3,
-        "error": cost.latency_s / measured_s - 1,
+        "error": cost.latency_s * 1e3 / measured["measured_ms"] - 1,
         "compute_ms": cost.compute_s * 1e3,
         "medium_ms": cost.medium_s * 1e3,
-        "missing": asked.missing,
-        "predicted_bytes": sum(predicted_bytes.values()),
-        "measured_bytes": sum(measured_bytes.values()),
-        "bytes_equal": predicted_bytes == measured_bytes,
+        "predicted_bytes": sum(published.values()),
+        "bytes_equal": published == measured["published"],
     }
 
 
@@ -296,21 +335,16 @@ def strategies(prepared: Prepared) -> list[int]:
 
 
 def measure_all(requests: int, only: Sequence[str]) -> dict[str, Any]:
-    """Fit, predict, measure."""
-    machine, machine_error = fitted_machine()
-    platform = slowed(machine, THROTTLE)
-    runs = []
+    """Measure the fleets that are fitted to, then those predicted."""
+    calibration, memory, found = [], [], []
     for case in CALIBRATION:
         prepared = Prepared.of(case)
-        runs.append((prepared, prepared.measure(CALIBRATION_AIR, 2 * requests)))
-    handling = fitted_handling(runs, platform, CALIBRATION_AIR)
-    # What an agent takes before it has pieces.
-    agent_bytes = statistics.median(
-        memory - prepared.memory_bytes(device)
-        for prepared, asked in runs
-        for device, memory in asked.memory_bytes.items()
-    )
-    rows, memory = [], []
+        asked = prepared.measure(CALIBRATION_AIR, 2 * requests)
+        measured_ms = statistics.median(asked.round_trip_s) * 1e3
+        memory_bytes = dict(asked.memory_bytes)
+        calibration.append(
+            {"case": case.name, "measured_ms": measured_ms, "memory_bytes": memory_bytes}
+        )
     for case in CASES:
         if only and case.method not in only:
             continue
@@ -319,48 +353,54 @@ def measure_all(requests: int, only: Sequence[str]) -> dict[str, Any]:
             for strategy in strategies(prepared):
                 count = requests if air.rate_bits_per_s > 5e6 else max(3, requests // 2)
                 asked = prepared.measure(air, count, strategy)
-                row = compared(prepared, asked, platform, name, handling, strategy)
-                rows.append(row)
-                print(
-                    f"{row['case']} {row['strategy']} {name}: {row['predicted_ms']:.1f} ms "
-                    f"predicted, {row['measured_ms']:.1f} measured ({row['error']:+.1%}), bytes "
-                    f"{row['predicted_bytes']:.0f} / {row['measured_bytes']:.0f}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                found.append(measured_row(prepared, asked, name, strategy))
+                print(found[-1], file=sys.stderr, flush=True)
         memory += [
-            {
-                "case": case.name,
-                "device": device,
-                "pieces": prepared.memory_bytes(device),
-                "predicted": agent_bytes + prepared.memory_bytes(device),
-                "measured": taken,
-            }
+            {"case": case.name, "device": device, "measured": taken}
             for device, taken in asked.memory_bytes.items()
         ]
-    constants = machine.compute.model_dump(exclude={"kind"})
     return {
         "throttle": THROTTLE,
         "requests": requests,
-        "machine": {k: v["value"] for k, v in constants.items() if v is not None},
-        "machine_error": machine_error,
-        "handling": asdict(handling),
-        "calibration": [
-            {
-                "case": prepared.case.name,
-                "predicted_ms": max(
-                    prepared.predict(platform, CALIBRATION_AIR, handling).items()
-                )[1].latency_s * 1e3,
-                "measured_ms": statistics.median(asked.round_trip_s) * 1e3,
-            }
-            for prepared, asked in runs
-        ],
-        "rows": rows,
-        "agent_bytes": agent_bytes,
+        "calibration": calibration,
+        "rows": found,
         "memory": memory,
         "pieces_memory": pieces_memory(),
         "circumstances": circumstances("ai-edge-litert", "paho-mqtt"),
-    }  # fmt: skip
+    }
+
+
+def predict_all(result: dict[str, Any]) -> dict[str, Any]:
+    """Fit, and put predictions beside what was measured."""
+    machine, machine_error = fitted_machine()
+    platform = slowed(machine, THROTTLE)
+    fitted = {case.name: Prepared.of(case) for case in CALIBRATION}
+    runs = [(fitted[x["case"]], x["measured_ms"] / 1e3) for x in result["calibration"]]
+    handling = fitted_handling(runs, platform, CALIBRATION_AIR)
+    prepared = {case.name: Prepared.of(case) for case in CASES}
+    # What an agent takes, without pieces and with the library that runs them.
+    bare: dict[bool, list[float]] = {False: [], True: []}
+    for run in result["calibration"]:
+        for device, taken in run["memory_bytes"].items():
+            pieces = fitted[run["case"]].memory_bytes(device)
+            bare[pieces > 0].append(taken - pieces)
+    agent_bytes = {runs_any: statistics.median(taken) for runs_any, taken in bare.items()}
+    memory = []
+    for x in result["memory"]:
+        pieces = prepared[x["case"]].memory_bytes(x["device"])
+        memory.append({**x, "predicted": agent_bytes[pieces > 0] + pieces, "pieces": pieces})
+    constants = machine.compute.model_dump(exclude={"kind"})
+    return {
+        **result,
+        "machine": {k: v["value"] for k, v in constants.items() if v is not None},
+        "machine_error": machine_error,
+        "handling": asdict(handling),
+        "rows": [
+            predicted_row(prepared[row["case"]], row, platform, handling) for row in result["rows"]
+        ],
+        "agent_bytes": {"without_pieces": agent_bytes[False], "with_litert": agent_bytes[True]},
+        "memory": memory,
+    }
 
 
 def pieces_memory() -> dict[str, float]:
@@ -476,7 +516,8 @@ def draw() -> str:
         f"Processor: {machine['macs'] / 1e9:.0f} GMAC/s in blocks of {machine['lanes']} channels "
         f"made and {machine['depth']} read, {machine['outputs'] / 1e9:.1f} G outputs/s, "
         f"{machine['weights'] / 1e9:.0f} G weights/s, {machine['elements'] / 1e9:.1f} G other "
-        f"values/s, {machine['per_layer'] * 1e6:.2f} us a layer; on {error['networks']} other "
+        f"values/s, {machine['packed_macs'] / 1e9:.1f} GMAC/s where weights are int4, "
+        f"{machine['per_layer'] * 1e6:.2f} us a layer; on {error['networks']} other "
         f"networks it is {error['median_error']:.1%} off in the median, "
         f"{error['worst_error']:.1%} at worst (5 folds).",
         "",
@@ -486,7 +527,8 @@ def draw() -> str:
         f"{handling['decide_s'] * 1e6:.0f} us to decide and tell; "
         f"{handling['processors']} processors for all.",
         "",
-        f"Memory: an agent has {result['agent_bytes'] / 1e6:.1f} MB (resident) before its pieces.",
+        f"Memory: an agent has {result['agent_bytes']['without_pieces'] / 1e6:.1f} MB (resident), "
+        f"{result['agent_bytes']['with_litert'] / 1e6:.1f} MB with LiteRT, before its pieces.",
         "",
         f"Measured at: {machine_line(result)}",
         "",
@@ -501,6 +543,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], metavar="METHOD")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help="save the result")
+    parser.add_argument("--again", action="store_true", help="predict what was measured before")
     parser.add_argument("--networks", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -510,7 +553,8 @@ def main() -> int:
     if chosen.memory:
         print(copies_memory(chosen.memory))
         return 0
-    result = measure_all(chosen.requests, chosen.only)
+    measured = load(NAME) if chosen.again else measure_all(chosen.requests, chosen.only)
+    result = predict_all(measured)
     return report(NAME, result, rows(result), as_json=chosen.json, keep=chosen.keep)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from agent.protocol.errors import DataError
 from agent.protocol.plan import FRAME, Exit, Fusion, Node, Output, Piece, Plan, Strategy
-from exporter.cost.fit import fit_processor, fitted_platform, slowed
+from exporter.cost.fit import fit_processor, fitted_platform, slowed, with_packed
 from exporter.cost.platform import Platform, Processor, load_platform
 from exporter.cost.walk import Casting, Handling, Network, Packets, PlanCost, Setting, plan_cost
 from exporter.cost.work import LayerWork, PieceWork, run_piece
@@ -67,13 +67,38 @@ def test_a_medium_is_free_while_a_message_is_on_its_way_to_the_broker() -> None:
 
 def test_every_packet_has_headers() -> None:
     packets = Packets.of_tcp(acknowledged=True)
-    assert packets.around(100) == 78
-    assert packets.around(1448) == 78
-    assert packets.around(1449) == 2 * 78
+    assert packets.around(100) == 52
+    assert packets.around(1448) == 52
+    assert packets.around(1449) == 2 * 52 + 52
     assert Packets.of_tcp(acknowledged=False).around(3000) == 3 * 52
     cost = walked(1, replace(BROKER, packets=packets))
-    assert cost.latency_s == pytest.approx((100 + 78 + 1000 + 78) * 1e-6)
+    assert cost.latency_s == pytest.approx((100 + 52 + 1000 + 52) * 1e-6)
     assert cost.bytes_sent == 1100
+
+
+def test_a_decision_made_elsewhere_goes_back_to_the_asker() -> None:
+    alone = Plan(
+        method="test",
+        classes=("a", "b"),
+        pieces=(Piece(name="p0", inputs=(FRAME,), outputs=(Output.SCORES,)),),
+        strategies=(
+            Strategy(
+                name="only",
+                nodes=(Node(name="n0", device="d0", tier=0, piece="p0"),),
+                exits=(Exit(tier=0, threshold=1.0),),
+            ),
+        ),
+    )
+
+    def latency(asker: str, decision_bytes: int) -> float:
+        network = replace(BROKER, decision_bytes=decision_bytes)
+        platforms = {"d0": instant(), HUB: instant()}
+        setting = Setting(platforms, network, asker=asker, frame_bytes=100)
+        return plan_cost(alone, {"p0": INSTANT}, setting)[0].latency_s
+
+    assert latency(HUB, 0) == pytest.approx(100e-6)
+    assert latency(HUB, 500) == pytest.approx(600e-6)
+    assert latency("d0", 500) == 0.0
 
 
 def test_programs_take_messages_one_after_the_other() -> None:
@@ -140,28 +165,40 @@ def fitted_like(processor: Processor) -> Platform:
     return plain.model_copy(update={"compute": processor, "on_chip": on_chip})
 
 
+SAID = {
+    "macs": "40 G/s", "elements": "2 G/s", "outputs": "3 G/s", "per_layer": "2 us",
+    "per_piece": "30 us", "lanes": 8, "depth": 4, "weights": "1 G/s",
+}  # fmt: skip
+
+
+def known() -> Processor:
+    constants = {name: {"value": value, "source": "drawn"} for name, value in SAID.items()}
+    return Processor.model_validate({"kind": "processor", **constants})
+
+
 def test_a_processor_is_found_from_what_it_took() -> None:
-    said = {
-        "macs": "40 G/s", "elements": "2 G/s", "outputs": "3 G/s", "per_layer": "2 us",
-        "per_piece": "30 us", "lanes": 8, "depth": 4, "weights": "1 G/s",
-    }  # fmt: skip
-    constants = {name: {"value": value, "source": "drawn"} for name, value in said.items()}
-    truth = Processor.model_validate({"kind": "processor", **constants})
+    truth = known()
     rng = np.random.default_rng(0)
     found = fit_processor([sample(rng, truth) for _ in range(40)], "measured")
-    for name in said:
+    for name in SAID:
         assert getattr(found, name).value == pytest.approx(getattr(truth, name).value, rel=1e-3)
     with pytest.raises(DataError, match="measure at least 6"):
         fit_processor([sample(rng, truth)] * 5, "measured")
 
 
+def test_packed_weights_have_a_rate_of_their_own() -> None:
+    plain = fitted_like(known())
+    layers = (LayerWork(6000, 10, 10, 600, 60, 10, 1, packed=True), LayerWork(0, 10, 40))
+    work = PieceWork(layers, 0, 0, 1, 1, 1)
+    slow = with_packed(plain, [(work, 2e-3)])
+    assert run_piece(work, slow, resident=True).seconds == pytest.approx(2e-3, rel=1e-6)
+    assert run_piece(work, slowed(slow, 3), resident=True).seconds == pytest.approx(6e-3, rel=1e-6)
+    with pytest.raises(DataError, match="no measured piece"):
+        with_packed(plain, [(INSTANT, 1.0)])
+
+
 def test_a_slowed_processor_takes_as_many_times_as_long() -> None:
-    said = {
-        "macs": "40 G/s", "elements": "2 G/s", "outputs": "3 G/s", "per_layer": "2 us",
-        "per_piece": "30 us", "lanes": 8, "depth": 4, "weights": "1 G/s",
-    }  # fmt: skip
-    constants = {name: {"value": value, "source": "drawn"} for name, value in said.items()}
-    processor = Processor.model_validate({"kind": "processor", **constants})
+    processor = known()
     rng = np.random.default_rng(1)
     samples = [sample(rng, processor) for _ in range(20)]
     platform = fitted_platform(load_platform("pc"), samples)

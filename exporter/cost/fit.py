@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,7 +13,7 @@ from agent.protocol.errors import DataError
 from exporter.methods.edgent.profile import non_negative_least_squares
 
 from .platform import Constant, Platform, Processor
-from .work import PieceWork, filled
+from .work import PieceWork, filled, run_piece
 
 LANES = (1, 4, 8, 16, 32)
 DEPTHS = (1, 2, 4, 8, 16)
@@ -85,6 +86,36 @@ def fitted_platform(base: Platform, samples: Sequence[tuple[PieceWork, float]]) 
     )
 
 
+def with_packed(platform: Platform, samples: Sequence[tuple[PieceWork, float]]) -> Platform:
+    """A fitted platform whose processor also knows layers of weights narrower than a byte.
+
+    Their rate is the median of what is left of each piece's time for them.
+
+    Args:
+        platform: With a processor.
+        samples: Pieces with such layers, and the seconds that each took.
+
+    Raises:
+        DataError: it is no processor, or no piece has time left for such layers.
+    """
+    compute = platform.compute
+    if not isinstance(compute, Processor):
+        raise DataError(f"{platform.platform} is no processor: only those are fitted")
+    rates = []
+    for work, seconds in samples:
+        apart = [layer for layer in work.layers if layer.packed]
+        packed = sum(layer.macs for layer in apart)
+        others = replace(work, layers=tuple(x for x in work.layers if not x.packed))
+        left = seconds - run_piece(others, platform, resident=True).seconds
+        left -= len(apart) * compute.per_layer.value
+        if packed and left > 0:
+            rates.append(packed / left)
+    if not rates:
+        raise DataError("no measured piece has packed weights", "measure some that have")
+    rate = _constant(float(np.median(rates)), f"fitted to {len(rates)} measured pieces")
+    return platform.model_copy(update={"compute": compute.model_copy(update={"packed_macs": rate})})
+
+
 def slowed(platform: Platform, factor: float) -> Platform:
     """The platform of a processor that takes `factor` times as long for everything.
 
@@ -95,7 +126,7 @@ def slowed(platform: Platform, factor: float) -> Platform:
     if not isinstance(compute, Processor):
         raise DataError(f"{platform.platform} is no processor: only those can be slowed")
     changed = {}
-    for name in ("macs", "elements", "outputs", "weights"):
+    for name in ("macs", "elements", "outputs", "weights", "packed_macs"):
         constant = getattr(compute, name)
         if constant is not None:
             changed[name] = _constant(constant.value / factor, constant.source)

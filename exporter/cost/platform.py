@@ -93,6 +93,8 @@ class Processor(Contract):
         depth: Channels read that are multiplied and summed together, likewise.
         outputs: Values that layers with multiply-accumulates round and store, beside these.
         weights: Weights that they read from wherever they are kept, beside these.
+        packed_macs: Multiply-accumulates where weights are narrower than a byte, which kernels of
+            their own unpack (XNNPACK leaves int4 to LiteRT's); None: as all others.
     """
 
     kind: Literal["processor"]
@@ -104,6 +106,7 @@ class Processor(Contract):
     depth: Constant[Count] | None = None
     outputs: Constant[PerSecond] | None = None
     weights: Constant[PerSecond] | None = None
+    packed_macs: Constant[PerSecond] | None = None
 
 
 class OnChip(Contract):

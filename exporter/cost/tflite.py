@@ -54,6 +54,7 @@ def _layer(graph: Graph, operator: Operator) -> LayerWork:
         reduction=reduction,
         channels=1 if depthwise else kernel[0],
         taps=0 if depthwise else prod(kernel[1:-1]),
+        packed=tensors[1].dtype == "int4",
     )
 
 

@@ -42,25 +42,28 @@ class Packets:
 
     Attributes:
         content_bytes: Of one full packet.
-        overhead_bytes: Beside that, of each; with what the receiver answers on the same medium.
+        overhead_bytes: Beside that, of each.
+        answer_bytes: What the receiver answers to every second one on the same medium.
     """
 
     content_bytes: int
-    overhead_bytes: float
+    overhead_bytes: int
+    answer_bytes: int = 0
 
     @classmethod
     def of_tcp(cls, *, acknowledged: bool) -> Packets:
         """TCP over IPv4 in Ethernet's 1500 bytes.
 
         20 bytes of IP, 20 of TCP, 12 of its time stamps (RFC 7323); where receivers' words take
-        the same medium, half an acknowledgement of 52 bytes: one for two full packets (RFC 1122,
-        4.2.3.2).
+        the same medium, an acknowledgement of 52 bytes for every second packet (RFC 1122,
+        4.2.3.2): that of a single one waits for something to go with.
         """
-        return cls(1448, 52 + (26 if acknowledged else 0))
+        return cls(1448, 52, 52 if acknowledged else 0)
 
-    def around(self, payload_bytes: float) -> float:
+    def around(self, payload_bytes: float) -> int:
         """Bytes of all packets of a message beside its own."""
-        return max(1, ceil(payload_bytes / self.content_bytes)) * self.overhead_bytes
+        packets = max(1, ceil(payload_bytes / self.content_bytes))
+        return packets * self.overhead_bytes + packets // 2 * self.answer_bytes
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class Network:
         overhead_bytes: Around the content of each message.
         answer_bytes: Content of an answer.
         escalation_bytes: Content of an exit's word that it is unsure.
+        decision_bytes: Content of a decision, which goes back to the asker where that is somebody
+            else than who decides; 0: nobody waits for that.
         packets: How messages are cut; None: a message is what crosses the network.
         handling: What programs do with a message.
     """
@@ -114,6 +119,7 @@ class Network:
     overhead_bytes: int = 0
     answer_bytes: int = 6
     escalation_bytes: int = 1
+    decision_bytes: int = 0
     packets: Packets | None = None
     handling: Handling = field(default_factory=Handling)
 
@@ -444,6 +450,8 @@ class _Walk:
 
     def _happen(self, device: str, event: str, now: float) -> None:
         """A device has heard something: send what was kept for it, run what waited for it last."""
+        if event == _DECISION:
+            self.latency_s = max(self.latency_s, now)
         self.arrived.add((device, event))
         for message in self.kept.pop((device, event), []):
             self._tell(message, now)
@@ -460,10 +468,19 @@ class _Walk:
         self.device_free[node.device] = end
         self.usage[node.device] = self.usage.get(node.device, _nothing(platform)) + usage
         if node.tier == self.tier:
-            decided = end + self.setting.network.handling.decide_s
-            self.latency_s = max(self.latency_s, decided)
+            self._at(end, partial(self._decide, node))
         else:
             self._at(end, partial(self._hand_on, node))
+
+    def _decide(self, node: Node, now: float) -> None:
+        """A node decides, and tells the asker."""
+        network, asker = self.setting.network, self.setting.asker
+        now += network.handling.decide_s
+        if network.decision_bytes and asker not in (None, node.device):
+            self._broadcast(node.device, [str(asker)], network.decision_bytes, node.tier, now,
+                            _DECISION)  # fmt: skip
+        else:
+            self.latency_s = max(self.latency_s, now)
 
     def _hand_on(self, node: Node, now: float) -> None:
         """A node has its result: send it on, escalate."""
@@ -638,7 +655,7 @@ class _Walk:
         """Put one transmission on the medium, and note when its last bit is there."""
         network = self.setting.network
         payload = parcel.payload_bytes
-        packets = 0.0 if network.packets is None else network.packets.around(payload)
+        packets = 0 if network.packets is None else network.packets.around(payload)
         lasts = (payload + packets) * 8 / network.rate_bits_per_s + network.occupied_s
         used = [("medium", "")]
         if not network.shared:
@@ -702,6 +719,7 @@ class _Walk:
 
 
 _REQUEST, _ESCALATION, _ASKER = "?request", "?unsure ", "?asker"
+_DECISION = "?decision"
 _FLOAT_BYTES = 4.0
 """Of a value that no piece gave: fusions calculate in float32."""
 _ELEMENTWISE = frozenset({Fusion.SUM, Fusion.MEAN, Fusion.MAX})

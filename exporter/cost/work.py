@@ -30,6 +30,7 @@ class LayerWork:
         channels: Filters or units.
         taps: Positions at which each output sums over all channels read; 0 where it does not, as
             in depthwise layers.
+        packed: Whether its weights are narrower than a byte.
     """
 
     macs: int
@@ -39,6 +40,7 @@ class LayerWork:
     reduction: int = 0
     channels: int = 1
     taps: int = 0
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -316,6 +318,8 @@ def _on_processor(layer: LayerWork, compute: Processor) -> float:
     """Seconds of a layer's arithmetic."""
     if not layer.macs:
         return max(layer.outputs, layer.inputs) / compute.elements.value
+    if layer.packed and compute.packed_macs is not None:
+        return layer.macs / compute.packed_macs.value
     full_macs, full_outputs = filled(
         layer,
         1 if compute.lanes is None else compute.lanes.value,
