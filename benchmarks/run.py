@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from benchmarks import (
     codegen,
+    codegen_binary,
     ddnn,
     ddnn_plots,
     edgent,
@@ -87,6 +88,7 @@ GROUPS = {
     ),
     "edgent": Group((("edgent", "--keep"),), edgent.draw),
     "codegen": Group((("codegen", "--keep"),), codegen.draw),
+    "codegen_binary": Group((("codegen_binary", "--keep"),), codegen_binary.draw),
     "speedups": Group((("speedups", "--keep"),), speedups.draw),
 }
 
@@ -97,7 +99,8 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 def with_results(readme: str) -> str:
     """The README with all at a glance and the tables of results/*.md, shortened and folded."""
-    names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen", "runtime")
+    names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen")
+    names += ("codegen_binary", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
     body = "\n\n".join([glance(), *map(folded, tables)])
     before, _, rest = readme.partition(BEGIN)
