@@ -235,6 +235,9 @@ def draw() -> str:
                 f"{row['latency_ms']:.3g} ms",
             ]
         lines.append(f"| {' | '.join(cells)} |")
+    missing = [ABOUT[name] for name in FLEETS if name not in {x["fleet"] for x in result["fleets"]}]
+    if missing:
+        lines += ["", f"Not measured yet: {'; '.join(missing)}."]
     lines += ["", BRIEF, "", "What it said:", ""]
     lines += [f"- {each['fleet']}: {each['sentence']}" for each in result["fleets"]]
     lines += ["", "Measured at:", f"- `{NAME}`: {machine_line(result)}", ""]
@@ -248,7 +251,7 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results")
-    parser.add_argument("--fleet", choices=FLEETS, help="this fleet alone; not to be kept")
+    parser.add_argument("--fleet", choices=FLEETS, help="this fleet, and those of the work folder")
     parser.add_argument("--work", type=Path, help="folder of caches, to go on from")
     chosen = parser.parse_args()
     from exporter.quantize.native_stderr import start_tensorflow
@@ -258,7 +261,10 @@ def main() -> int:
         work = chosen.work or Path(home)
         work.mkdir(parents=True, exist_ok=True)
         names = [chosen.fleet] if chosen.fleet else list(FLEETS)
-        fleets = [_measured(name, work) for name in names]
+        for name in names:
+            _measured(name, work)
+        kept = [name for name in FLEETS if (work / f"{name}.json").exists()]
+        fleets = [_measured(name, work) for name in kept]
     result = {
         "fleets": fleets,
         "fixed": FIXED,
