@@ -7,19 +7,29 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiers_fleet
 from conftest import Mosquitto
 from firmware_toys import missing
 from support import eventually
 from toy_fleet import HELD_OUT, copy_bundle, digits, toy_bundle
 
 from agent.ask import Asker
-from agent.gateway import find_port, run_gateway, run_serial_device
+from agent.gateway import (
+    Connection,
+    Microcontroller,
+    find_port,
+    run_gateway,
+    run_serial_device,
+    serial_pieces,
+)
 from agent.link import BrokerAddress, Link
 from agent.protocol.errors import BundleMismatch, DeviceUnreachable, ShoalError
 from agent.protocol.fleet import SerialLine, load_fleet
 from agent.protocol.manifest import artifact, read_manifest, write_manifest
 from agent.protocol.messages import Decision, DeviceInfo
+from agent.protocol.port import SerialPort
 from agent.protocol.topics import Topics
 from agent.up import FleetProcesses
 from firmware_tools.board import HOST, load_board
@@ -206,6 +216,47 @@ def test_port_that_is_not_there_is_named_and_never_guessed(line: SerialLine) -> 
         find_port(line)
     assert line.text() in str(caught.value)
     assert "ports here:" in str(caught.value)
+
+
+def test_binary_features_cross_the_serial_line_as_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Arrange: more features than a reply holds beside its head.
+    bits = 600
+    eyes = [tiers_fleet.layers(64, bits, i, spread=16) for i in range(tiers_fleet.EYES)]
+    edges = [tiers_fleet.layers(2 * bits, tiers_fleet.EDGE_BITS, i, spread=3) for i in (10, 11)]
+    for name, value in (("EYE_BITS", bits), ("EYE", eyes), ("EDGE", edges)):
+        monkeypatch.setattr(tiers_fleet, name, value)
+    manifest = tiers_fleet.tiers_bundle(tmp_path / "bundle")
+    try:
+        compiler("host")
+    except ShoalError:
+        missing("a C compiler")
+    part = open_part(tmp_path / "bundle", "eye-1")
+    (frame,) = tiers_fleet.views()[:1, 1]
+    stored = (frame.astype(int) - 128).astype(np.int8)
+    received = 0
+    with Emulation(build_part(part, tmp_path / "image", board_name=HOST)) as emulation:
+        port = SerialPort(emulation.port)
+        device = Microcontroller(port, READY_S)
+        connection = Connection(emulation.port, 115_200, "host", False)
+        loaded = serial_pieces(device, connection, manifest, part.device)["eye1"]
+        read = port.read
+
+        def counted(timeout_s: float) -> bytes:
+            nonlocal received
+            data = read(timeout_s)
+            received += len(data)
+            return data
+
+        monkeypatch.setattr(port, "read", counted)
+        # Act
+        scores, features = loaded.run_outputs(frame)
+    # Assert
+    binary, real = tiers_fleet.EYE[1]
+    assert features.tolist() == binary(stored).tolist()
+    assert scores.tolist() == real(stored).tolist()
+    assert received < 220 + (bits - 220) // 8 + 150
 
 
 def test_fleet_of_the_test_says_how_it_is_connected(plugged: Plugged) -> None:
