@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 from firmware_toys import missing, sources, work
-from toy_fleet import toy_bundle
+from tiers_fleet import tiers_bundle
 
 from agent.protocol.errors import DeviceUnreachable, ShoalError, WireError
 from agent.protocol.line import LineClient
-from agent.protocol.manifest import read_manifest
 from agent.protocol.port import SerialPort
 from firmware_tools.board import Board, load_board
 from firmware_tools.build import (
@@ -322,7 +321,7 @@ def test_killed_at_random_moments_of_an_update_it_starts_the_old_or_the_new_imag
     assert 0 in seen
 
 
-def test_command_flashes_updates_and_names_what_answers(board: BootBoard) -> None:
+def test_command_flashes_updates_and_names_what_answers(board: BootBoard, tmp_path: Path) -> None:
     def shoal(*arguments: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "agent", *arguments, "--json"]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -330,8 +329,8 @@ def test_command_flashes_updates_and_names_what_answers(board: BootBoard) -> Non
         found: dict[str, Any] = json.loads(ran.stdout)
         return found
 
-    bundle = toy_bundle()
-    plan = read_manifest(bundle).plan_id
+    bundle = tmp_path / "bundle"
+    plan = tiers_bundle(bundle).plan_id
     with board.start() as emulation:
         flash = ("flash", "--bundle", str(bundle), "--device", "eye-1", "--port", emulation.port)
         first = shoal(*flash, "--image-version", "1")
@@ -344,4 +343,4 @@ def test_command_flashes_updates_and_names_what_answers(board: BootBoard) -> Non
     assert (back["slot"], back["identity"]["image_version"], back["identity"]["plan"]) == (
         0, 1, plan
     )  # fmt: skip
-    assert [piece["name"] for piece in seen["pieces"]] == ["snn_1"]
+    assert [piece["name"] for piece in seen["pieces"]] == ["eye1"]
