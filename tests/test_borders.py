@@ -49,7 +49,7 @@ RULES = [
     Rule(
         "firmware_tools",
         ("serial",),
-        except_in=("firmware_tools/flash.py", "firmware_tools/emulate.py"),
+        except_in=("firmware_tools/flash.py", "firmware_tools/loaders.py"),
     ),
     Rule(
         "agent/protocol",
