@@ -42,7 +42,9 @@ static uint64_t noise;
 
 void __sanitizer_cov_trace_pc(void)
 {
-    const uintptr_t here = (uintptr_t)__builtin_return_address(0);
+    /* From a place in the program: where it is loaded to is chance. */
+    const uintptr_t here =
+        (uintptr_t)__builtin_return_address(0) - (uintptr_t)&LLVMFuzzerTestOneInput;
     const uint16_t edge = (uint16_t)((here ^ (here >> 13) ^ (previous << 3)) % MAP_SIZE);
     previous = here;
     if (hits[edge] == 0U) {
