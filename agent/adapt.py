@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.protocol.adaptation import CostTable, configuration_map, reward, wire_bytes
+from agent.protocol.adaptation import CostTable, configuration_map, reward
 from agent.protocol.errors import ManifestError
 from agent.protocol.messages import Decision
 from agent.protocol.plan import Adaptation, Plan
@@ -281,10 +281,6 @@ class Adapter:
         self._devices = [
             frozenset(node.device for node in strategy.nodes) for strategy in plan.strategies
         ]
-        self._returns = [
-            strategy.aggregator.device == min(strategy.nodes, key=lambda node: node.tier).device
-            for strategy in plan.strategies
-        ]
         # Where an early exit may answer, waiting for it would count as sending.
         self._whole = [len(strategy.exits) == 1 for strategy in plan.strategies]
         self._aim = adaptation.aim
@@ -330,7 +326,9 @@ class Adapter:
         """What to ask for instead of a strategy that stays silent, and when.
 
         It is the most accurate strategy in which nothing is sent and which takes at most half of
-        the time; else the fastest such.
+        the time; else the fastest such. It is not asked for before the first should have answered:
+        where the time is too short for both, a link that has stopped makes one request late, and
+        is known from then on.
 
         Args:
             strategy: The one that was asked for.
@@ -351,26 +349,32 @@ class Adapter:
         else:
             other = min(silent, key=lambda i: float(takes[i]))
         spare_ms = PATIENCE * limit_ms - 1.5 * float(takes[other]) - self._link_ms
-        return other, max(0.0, spare_ms)
+        expected_ms = 1.2 * float(self._table.latency_ms(self.bits_per_s)[strategy])
+        return other, max(0.0, spare_ms, min(expected_ms, limit_ms))
 
-    def decided(self, strategy: int, decision: Decision) -> None:
-        """A request was decided: what its messages took tells the bandwidth."""
+    def decided(self, strategy: int, decision: Decision, round_trip_ms: float) -> None:
+        """A request was decided: what its messages took tells the bandwidth.
+
+        Args:
+            strategy: That was asked for.
+            decision: What came.
+            round_trip_ms: From asking to the decision.
+        """
         bits = float(self._table.sent_bits[strategy])
         if bits == 0 or decision.bytes_received == 0 or not self._whole[strategy]:
             return
-        sending_ms = decision.latency.wire_ms
-        if self._returns[strategy]:
-            # The time from the frame's leaving to the tensor's coming.
-            sending_ms -= self._link_ms * float(self._table.messages[strategy])
-        else:
-            # Counted from the request, which has crossed the link as well.
-            bits = 8.0 * wire_bytes(decision.bytes_received)
+        took = decision.latency
+        sending_ms = round_trip_ms - took.queue_ms - took.inference_ms - took.fusion_ms
+        sending_ms -= self._link_ms * float(self._table.messages[strategy])
         self._observe(1e3 * bits / max(sending_ms, 1e-3))
 
-    def silent(self, strategy: int) -> None:
-        """A request was not decided in time: the link has carried less than that."""
-        if self._table.sent_bits[strategy] > 0:
-            self._observe(0.5e3 * float(self._table.sent_bits[strategy]) / self.limit_ms)
+    def silent(self, strategy: int, waited_ms: float) -> None:
+        """A request is not decided yet: if that is later than it seemed, the link is slower."""
+        bits = float(self._table.sent_bits[strategy])
+        waited_ms -= float(self._table.compute_ms[strategy])
+        waited_ms -= self._link_ms * float(self._table.messages[strategy])
+        if bits > 0 and waited_ms > 0 and 1e3 * bits / waited_ms < self.bits_per_s:
+            self._observe(0.5e3 * bits / waited_ms)
 
     def probe(self) -> int | None:
         """The strategy to measure with if nothing has been measured for long, else None."""

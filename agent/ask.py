@@ -249,7 +249,7 @@ class Asker:
                 self._measured[number] = pending.tally
                 if len(self._measured) > REMEMBERED_REQUESTS:
                     self._measured.popitem(last=False)
-        asked = _Asked(strategy or 0, frame, sample, whole_ms, pending)
+        asked = _Asked(strategy or 0, frame, sample, whole_ms, pending, pending.sent_s)
         if not self._send(number, asked):
             with self._lock:
                 self._pending.pop(pending.request, None)
@@ -279,10 +279,11 @@ class Asker:
                 return
             assert self.adapter is not None
             if too_slow:
-                self.adapter.silent(first.strategy)
+                waited_s = time.monotonic() - pending.sent_s
+                self.adapter.silent(first.strategy, 1e3 * waited_s)
             number = self._next_number()
             self._pending[f"{number:016x}"] = pending
-        self._send(number, replace(first, strategy=strategy))
+        self._send(number, replace(first, strategy=strategy, sent_s=time.monotonic()))
 
     def _next_number(self) -> int:
         """Of a request; with the lock held."""
@@ -461,12 +462,14 @@ class Asker:
             asked = self._asked.pop(decision.request, None)
             if asked is None:
                 return
-            self.adapter.decided(asked.strategy, decision)
+            took_ms = 1e3 * (time.monotonic() - asked.sent_s)
+            self.adapter.decided(asked.strategy, decision, took_ms)
             strategy = None if asked.pending is None else self.adapter.probe()
             if strategy is None:
                 return
             number = self._next_number()
-        self._send(number, replace(asked, strategy=strategy, pending=None))
+        probe = replace(asked, strategy=strategy, pending=None, sent_s=time.monotonic())
+        self._send(number, probe)
 
 
 @dataclass(frozen=True, eq=False)
@@ -478,6 +481,7 @@ class _Asked:
     sample: int | None
     deadline_ms: int
     pending: Pending | None
+    sent_s: float
 
 
 def ask(

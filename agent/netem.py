@@ -119,9 +119,9 @@ class Shaper:
         self._sent_bits = 0.0
         self._random = random.Random(seed)
 
-    def restart(self) -> None:
-        """Times begin at 0 again, and nothing is in the queue."""
-        self._sent_bits = 0.0
+    def restart(self, at_s: float = 0.0) -> None:
+        """Times begin again, at so many seconds, and nothing is in the queue."""
+        self._sent_bits = self._conditions.rate.crossed(at_s)
 
     def offer(self, now_s: float, size_bytes: int) -> float | None:
         """Take a packet.
@@ -169,6 +169,7 @@ class EmulatedLink:
         self._shapers = (Shaper(out, 1), Shaper(back, 2))
         self._stop = threading.Event()
         self._begin_anew = threading.Event()
+        self._begin_at_s = 0.0
         self._thread: threading.Thread | None = None
         self._files: list[int] = []
 
@@ -204,8 +205,9 @@ class EmulatedLink:
             self._thread.join(5)
         self._clean()
 
-    def restart(self) -> None:
-        """Begin the trace anew: what was sent until now is on its way and keeps its time."""
+    def restart(self, at_s: float = 0.0) -> None:
+        """Begin the trace anew, at so many seconds: what is on its way keeps its time."""
+        self._begin_at_s = at_s
         self._begin_anew.set()
 
     def command(self, words: Sequence[str]) -> list[str]:
@@ -233,10 +235,11 @@ class EmulatedLink:
             if self._begin_anew.is_set():
                 self._begin_anew.clear()
                 # All by the same amount: the heap stays one.
+                now_s -= self._begin_at_s
                 waiting = [(at_s - now_s, n, target, packet) for at_s, n, target, packet in waiting]
-                start_s, now_s = start_s + now_s, 0.0
+                start_s, now_s = start_s + now_s, self._begin_at_s
                 for shaper in self._shapers:
-                    shaper.restart()
+                    shaper.restart(now_s)
             while waiting and waiting[0][0] <= now_s:
                 _, _, target, packet = heapq.heappop(waiting)
                 try:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from agent.adapt import ChangePoints, Chooser, bandwidth_states
 from agent.protocol.adaptation import CostTable, configuration_map, reward
+from benchmarks import edgent_alexnet, edgent_live
 from benchmarks.datasets import SHARED
 from benchmarks.record import BRIEF, HEADER, Row, circumstances, load, machine_line, report
 
@@ -272,6 +273,8 @@ def draw() -> str:
         "",
         HEADER,
         *map(str, rows(result)),
+        *map(str, edgent_alexnet.rows(load(edgent_alexnet.NAME))),
+        *map(str, edgent_live.rows(load(edgent_live.NAME))),
         "",
         "Replayed are the 40 Belgium 4G logs, simulated, a request a second or as said; mean "
         "reward as a share of what an oracle gets that knows the future.",
@@ -292,7 +295,9 @@ def draw() -> str:
             f"{fixed['expected']}) | {of['state']} ({above['state']}, {fixed['state']}) | "
             f"{of['static']} | {of['fixed_by_reward']} |"
         )
-    return "\n".join([*lines, "", BRIEF, "", f"Measured at: {machine_line(result)}", ""])
+    lines += ["", BRIEF, "", f"Measured at: {machine_line(result)}", ""]
+    alexnet = load(edgent_alexnet.NAME)
+    return "\n".join([*lines, edgent_live.draw(), edgent_alexnet.draw(alexnet)])
 
 
 def main() -> int:

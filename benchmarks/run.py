@@ -86,7 +86,10 @@ GROUPS = {
     "nonn": Group(
         (("nonn", "published"), ("nonn", "filters"), ("nonn", "recipe", "digits")), nonn.draw
     ),
-    "edgent": Group((("edgent", "--keep"),), edgent.draw),
+    "edgent": Group(
+        (("edgent", "--keep"), ("edgent_alexnet", "measure"), ("edgent_live", "--keep")),
+        edgent.draw,
+    ),
     "codegen": Group((("codegen", "--keep"),), codegen.draw),
     "codegen_binary": Group((("codegen_binary", "--keep"),), codegen_binary.draw),
     "speedups": Group((("speedups", "--keep"),), speedups.draw),

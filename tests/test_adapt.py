@@ -7,9 +7,20 @@ import math
 import numpy as np
 import pytest
 
-from agent.adapt import ChangePoints, Chooser, Prior, bandwidth_states
+from agent.adapt import Adapter, ChangePoints, Chooser, Prior, bandwidth_states
 from agent.protocol.adaptation import CostTable, configuration_map, reward
 from agent.protocol.errors import ManifestError
+from agent.protocol.plan import (
+    Adaptation,
+    Exit,
+    Fusion,
+    Node,
+    Output,
+    Piece,
+    Plan,
+    Strategy,
+    StrategyCost,
+)
 
 
 def table(*rows: tuple[float, float, float], link_ms: float = 0.0) -> CostTable:
@@ -152,3 +163,80 @@ def test_expected_reward_minds_a_link_that_often_fails():
 def test_states_must_ascend():
     with pytest.raises(ValueError, match="ascending"):
         Chooser(DEVICE_OR_SERVER, 100.0, [2e5, 1e5])
+
+
+def plan(*costs: tuple[float, int, float], aim: str = "reward") -> Plan:
+    """The device alone, or with the server, in turn: (compute_ms, sent_bytes, accuracy) of each."""
+    pieces = (
+        Piece(name="alone", inputs=("frame",), outputs=(Output.SCORES,)),
+        Piece(name="send", inputs=("frame",), outputs=(Output.FEATURES,)),
+        Piece(name="rest", inputs=("send",), outputs=(Output.SCORES,)),
+    )
+    strategies = []
+    for i, (_, sent, _) in enumerate(costs):
+        nodes = (Node(name="eye-0", device="eye", tier=0, piece="send" if sent else "alone"),)
+        if sent:
+            nodes += (
+                Node(
+                    name="server-1", device="server", tier=1, piece="rest",
+                    listens_to=("eye-0",), fusion=Fusion.CONCAT, takes="features",
+                ),
+            )  # fmt: skip
+        exits = (Exit(tier=len(nodes) - 1, threshold=1.0),)
+        strategies.append(Strategy(name=f"s{i}", nodes=nodes, exits=exits))
+    adaptation = Adaptation(
+        limit_ms=1000.0,
+        link_ms=5.0,
+        lowest_bits_per_s=1e4,
+        highest_bits_per_s=1e8,
+        aim=aim,
+        costs=tuple(
+            StrategyCost(compute_ms=c, sent_bytes=s, messages=2 * bool(s), accuracy=a)
+            for c, s, a in costs
+        ),
+    )
+    return Plan(
+        method="edgent",
+        classes=("a", "b"),
+        pieces=pieces,
+        strategies=tuple(strategies),
+        adaptation=adaptation,
+    )
+
+
+TWO_EXITS = ((80.0, 0, 0.7), (280.0, 0, 0.8), (1.0, 12_500, 0.8))
+
+
+def test_the_aim_at_accuracy_takes_the_most_accurate_in_time_and_of_those_the_fastest():
+    adapter = Adapter(plan(*TWO_EXITS, aim="accuracy"))
+
+    # At 1.08 Mbit/s the server takes 104 ms, 114 with what is spared.
+    assert adapter.bits_per_s == pytest.approx(1.076e6, rel=1e-3)
+    assert adapter.pick() == 2
+    assert adapter.pick(gone={"server"}) == 1
+    assert adapter.pick(gone={"server"}, limit_ms=200) == 0
+    assert adapter.pick(limit_ms=115) == 2
+    assert adapter.pick(limit_ms=110) == 0
+    assert adapter.pick(limit_ms=20) == 0
+
+
+def test_a_strategy_that_sends_has_its_time_before_another_is_asked_for():
+    adapter = Adapter(plan(*TWO_EXITS))
+
+    assert adapter.alone(0, 1000) is None
+    assert adapter.alone(2, 1000) == (1, pytest.approx(0.8 * 1000 - 1.5 * 280 - 5))
+    other, wait_ms = adapter.alone(2, 110)
+    assert (other, wait_ms) == (0, pytest.approx(110))
+    other, wait_ms = adapter.alone(2, 200)
+    assert (other, wait_ms) == (0, pytest.approx(1.2 * 103.95, rel=1e-3))
+
+
+def test_waiting_that_was_to_be_expected_says_nothing_of_the_link():
+    adapter = Adapter(plan(*TWO_EXITS))
+
+    for _ in range(20):
+        adapter.silent(2, 60.0)
+    assert adapter.bits_per_s == pytest.approx(1.076e6, rel=1e-3)
+    for _ in range(20):
+        adapter.silent(2, 4000.0)
+    assert adapter.bits_per_s < 5e4

@@ -83,6 +83,8 @@ def test_a_trace_begins_anew_when_told():
     assert shaper.offer(1.0, 1000) == pytest.approx(2.0 + (8000 - 8000) / 8e5)
     shaper.restart()
     assert shaper.offer(0.0, 1000) == pytest.approx(0.01)
+    shaper.restart(1.0)
+    assert shaper.offer(1.0, 1000) == pytest.approx(2.0)
 
 
 def test_traces_are_read_and_scaled(tmp_path: Path):

@@ -19,7 +19,8 @@ from exporter.methods.edgent.layers import FEATURES, Chain, LayerWork
 
 FOLDS = 5
 LEAST_MS = 2e-3
-"""Layers quicker than this count as if they took so long where errors are weighed by latency."""
+"""Layers quicker than this, or than running any piece takes, count as if they took so long where
+errors are weighed by latency: they cannot be told apart."""
 TERMS: dict[str, tuple[str, ...]] = {
     "conv": ("macs", "taps", "output_size"),
     "depthwise": ("macs", "input_size", "output_size"),
@@ -198,8 +199,9 @@ def fit(
         columns = [FEATURES.index(term) for term in chosen]
         x = np.array([[*(s.features[i] for i in columns), 1.0] for s in own], np.float64)
         y = np.array([sample.latency_ms for sample in own])
-        weights = _fitted(x, y)
-        r2, error = _held_out(x, y, seed)
+        least_ms = max(LEAST_MS, piece_ms)
+        weights = _fitted(x, y, least_ms)
+        r2, error = _held_out(x, y, least_ms, seed)
         models.append(
             LayerModel(
                 kind=kind,
@@ -308,13 +310,13 @@ def non_negative_least_squares(
     return np.asarray(best / norms)
 
 
-def _fitted(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    share = 1.0 / np.maximum(y, LEAST_MS)
+def _fitted(x: NDArray[np.float64], y: NDArray[np.float64], least_ms: float) -> NDArray[np.float64]:
+    share = 1.0 / np.maximum(y, least_ms)
     return non_negative_least_squares(x * share[:, None], y * share)
 
 
 def _held_out(
-    x: NDArray[np.float64], y: NDArray[np.float64], seed: int
+    x: NDArray[np.float64], y: NDArray[np.float64], least_ms: float, seed: int
 ) -> tuple[float | None, float | None]:
     """R2 and median relative error of predictions that the fit has not seen."""
     if len(y) < 3:
@@ -323,7 +325,7 @@ def _held_out(
     predicted = np.empty_like(y)
     for fold in np.unique(folds):
         out = folds == fold
-        predicted[out] = x[out] @ _fitted(x[~out], y[~out])
+        predicted[out] = x[out] @ _fitted(x[~out], y[~out], least_ms)
     spread = float(np.sum((y - y.mean()) ** 2))
     r2 = None if spread == 0 else 1.0 - float(np.sum((y - predicted) ** 2)) / spread
     known = y > 0
