@@ -24,7 +24,9 @@ from benchmarks import (
     fleet_latency,
     fleet_memory,
     fleet_soak,
+    latency,
     lcp,
+    measured_speedups,
     nonn,
     snn,
     speedups,
@@ -93,6 +95,8 @@ GROUPS = {
     "codegen": Group((("codegen", "--keep"),), codegen.draw),
     "codegen_binary": Group((("codegen_binary", "--keep"),), codegen_binary.draw),
     "speedups": Group((("speedups", "--keep"),), speedups.draw),
+    "latency": Group((("latency", "--keep"),), latency.draw),
+    "measured_speedups": Group((("measured_speedups", "--keep"),), measured_speedups.draw),
 }
 
 
@@ -103,7 +107,7 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 def with_results(readme: str) -> str:
     """The README with all at a glance and the tables of results/*.md, shortened and folded."""
     names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen")
-    names += ("codegen_binary", "runtime")
+    names += ("codegen_binary", "latency", "measured_speedups", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
     body = "\n\n".join([glance(), *map(folded, tables)])
     before, _, rest = readme.partition(BEGIN)
