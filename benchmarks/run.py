@@ -28,6 +28,7 @@ from benchmarks import (
     lcp,
     measured_speedups,
     nonn,
+    planner,
     snn,
     speedups,
 )
@@ -95,6 +96,7 @@ GROUPS = {
     "codegen": Group((("codegen", "--keep"),), codegen.draw),
     "codegen_binary": Group((("codegen_binary", "--keep"),), codegen_binary.draw),
     "speedups": Group((("speedups", "--keep"),), speedups.draw),
+    "planner": Group((("planner", "--keep"),), planner.draw),
     "latency": Group((("latency", "--keep"),), latency.draw),
     "measured_speedups": Group((("measured_speedups", "--keep"),), measured_speedups.draw),
 }
@@ -107,7 +109,7 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 def with_results(readme: str) -> str:
     """The README with all at a glance and the tables of results/*.md, shortened and folded."""
     names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen")
-    names += ("codegen_binary", "latency", "measured_speedups", "runtime")
+    names += ("codegen_binary", "latency", "measured_speedups", "planner", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
     body = "\n\n".join([glance(), *map(folded, tables)])
     before, _, rest = readme.partition(BEGIN)
