@@ -406,11 +406,12 @@ VARIANTS = {
     "two students": (2, 100.0, 0.0, 1),
     "two students, student dropout 0.2": (2, 100.0, 0.2, 1),
     "two students, student dropout 0.4": (2, 100.0, 0.4, 1),
-    "two students of twice the size, student dropout 0.4": (2, 100.0, 0.4, 2),
+    "two students, larger (ratio 10 for 20), student dropout 0.4": (2, 100.0, 0.4, 2),
     "two students, the paper's loss": (2, 1e4, 0.0, 1),
     "one student alone, distilled": (1, 0.0, 0.0, 1),
 }
-"""Students, weight of the activations, chance that a student is not heard, times the size."""
+"""Students, weight of the activations, chance that a student is not heard, and
+what the recipe's ratio is divided by: how many times the parameters a student may have."""
 
 
 def recipe(name: str, variant: str, seed: int) -> dict[str, Any]:
