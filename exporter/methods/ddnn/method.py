@@ -158,9 +158,7 @@ class DDNNMethod:
             pieces=(),
             figures=figures(test, tested.labels, chosen, costs, without, roles),
             report={
-                "sections": sections(
-                    test, tested.labels, operations, chosen, costs, without, roles
-                )
+                "sections": sections(test, tested.labels, operations, chosen, costs, without, roles)
             },
         )
 
