@@ -404,14 +404,15 @@ def cost_bundle(bundle: Path, named: tuple[str, ...], trigger: bool, as_json: bo
     from agent.protocol.fleet import load_fleet
     from agent.protocol.manifest import read_manifest
     from agent.protocol.units import format_bytes
-    from exporter.cost.bundle import bundle_cost
+    from exporter.cost.bundle import bundle_cost, works_of_files
 
     if wrong := [item for item in named if "=" not in item]:
         raise click.UsageError(f"{wrong[0]!r} is not DEVICE=PLATFORM, for example eye-0=pi-4")
     manifest = read_manifest(bundle)
     fleet = load_fleet(bundle / manifest.fleet.path)
     platforms = dict(item.split("=", 1) for item in named)
-    costs = bundle_cost(manifest, fleet, platforms=platforms, trigger=trigger)
+    works = works_of_files(bundle, manifest)
+    costs = bundle_cost(manifest, fleet, platforms=platforms, trigger=trigger, works=works)
     if as_json:
         exits = [
             {

@@ -137,7 +137,6 @@ def roll_back(path: str, baud: int) -> Identity:
     port = SerialPort(path, baud)
     try:
         client = LineClient(port)
-        client.identity()
         client.roll_back()
         return client.identity(RESTART_TIMEOUT_S)
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.protocol.frames import Frame, FrameKind, FrameReader, encode_frame
 from agent.protocol.line import LineClient
 from agent.protocol.port import SerialPort
 from firmware_tools.board import HOST, load_board
@@ -53,6 +54,16 @@ def missing(what: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{what} is missing")
     pytest.skip(f"{what} is not installed")
+
+
+def ask(port: SerialPort, frame: Frame) -> Frame:
+    """One command without any of the client's care."""
+    port.write(b"\0" + encode_frame(frame))
+    reader = FrameReader()
+    while True:
+        for reply in reader.feed(port.read(30.0)):
+            if reply.kind != FrameKind.READY:
+                return reply
 
 
 @functools.cache

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from firmware_toys import missing, sources, work
+from firmware_toys import ask, missing, sources, work
 from tiers_fleet import tiers_bundle
 
+from agent.protocol import frames
 from agent.protocol.errors import DeviceUnreachable, ShoalError, WireError
+from agent.protocol.frames import Frame, FrameKind, FrameStatus
 from agent.protocol.line import LineClient
 from agent.protocol.port import SerialPort
 from firmware_tools.board import Board, load_board
@@ -251,6 +253,16 @@ def roll_back(emulation: Emulation) -> None:
         port.close()
 
 
+def again(emulation: Emulation) -> Frame:
+    """The command that started slot 0, once more."""
+    port = SerialPort(emulation.port)
+    try:
+        content = frames.REBOOT.pack(frames.REBOOT_KEY, frames.RebootTo.SLOT_0)
+        return ask(port, Frame(FrameKind.REBOOT, 1, content))
+    finally:
+        port.close()
+
+
 def test_confirmed_image_gives_way_to_the_one_before_it_when_asked(board: BootBoard) -> None:
     with board.start() as emulation:
         write_slot(emulation, 0, slot_image(0, 1))
@@ -261,6 +273,8 @@ def test_confirmed_image_gives_way_to_the_one_before_it_when_asked(board: BootBo
         write_slot(emulation, 1, slot_image(1, 2))
         assert identity_of(emulation) == (1, KEPT, 2)
         roll_back(emulation)
+        assert identity_of(emulation) == (0, KEPT, 1)
+        assert again(emulation).status == FrameStatus.OK  # as when its reply was lost
         assert identity_of(emulation) == (0, KEPT, 1)
     with board.start() as emulation:
         assert identity_of(emulation) == (0, KEPT, 1)

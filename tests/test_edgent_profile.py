@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from agent.protocol.errors import DataError, UnsupportedLayer
+from exporter.cost.fit import non_negative_least_squares
 from exporter.methods.edgent.layers import FEATURES, Chain, LayerWork
 from exporter.methods.edgent.profile import (
     DEMONSTRATION,
@@ -15,7 +16,6 @@ from exporter.methods.edgent.profile import (
     fit,
     load_profiles,
     merge,
-    non_negative_least_squares,
     save_profiles,
     total_ms,
 )

@@ -14,13 +14,23 @@ import pytest
 
 from agent.protocol import frames
 from agent.protocol.errors import DeviceUnreachable, PlanDoesNotFit, ShoalError, WireError
-from agent.protocol.frames import Frame, FrameKind, FrameReader, FrameStatus, encode_frame
+from agent.protocol.frames import Frame, FrameKind, FrameStatus
 from agent.protocol.line import LineClient
 from agent.protocol.port import SerialPort
 from firmware_tools.board import board_names, load_board
 from firmware_tools.build import FIRMWARE, build_image, compiler
 from firmware_tools.frame_header import COMMAND, HEADER_FILE, header
-from tests.firmware_toys import HOST, BadLine, emulated, image, missing, sources, wide_output, work
+from tests.firmware_toys import (
+    HOST,
+    BadLine,
+    ask,
+    emulated,
+    image,
+    missing,
+    sources,
+    wide_output,
+    work,
+)
 
 ROOT = Path(__file__).parent.parent
 SLOW_S = 30.0
@@ -32,16 +42,6 @@ def host() -> Iterator[SerialPort]:
         port = SerialPort(emulation.port)
         yield port
         port.close()
-
-
-def ask(port: SerialPort, frame: Frame) -> Frame:
-    """One command without any of the client's care."""
-    port.write(b"\0" + encode_frame(frame))
-    reader = FrameReader()
-    while True:
-        for reply in reader.feed(port.read(SLOW_S)):
-            if reply.kind != FrameKind.READY:
-                return reply
 
 
 def test_header_on_disk_is_the_generated_one() -> None:
@@ -127,6 +127,14 @@ def test_restart_amid_a_fleet_is_healed_by_sending_the_input_again(host: SerialP
         (Frame(FrameKind.INFER, 1, frames.INFER.pack(0, 7, 0)), FrameStatus.NOT_ALL_INPUT),
         (Frame(FrameKind.READ, 1, frames.READ.pack(7, 0, 4)), FrameStatus.NO_SUCH_RESULT),
         (Frame(FrameKind.REBOOT, 1, frames.REBOOT.pack(1, 1)), FrameStatus.BAD_CONTENT),
+        (
+            Frame(FrameKind.REBOOT, 1, frames.REBOOT.pack(frames.REBOOT_KEY, 4)),
+            FrameStatus.BAD_CONTENT,
+        ),
+        (
+            Frame(FrameKind.REBOOT, 1, frames.REBOOT.pack(frames.REBOOT_KEY, 3)),
+            FrameStatus.REFUSED,
+        ),
     ],
 )
 def test_wrong_command_is_refused_and_named(

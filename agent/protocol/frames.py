@@ -80,11 +80,12 @@ class FrameStatus(IntEnum):
 
 
 class RebootTo(IntEnum):
-    """What a device starts after REBOOT."""
+    """What a device starts after REBOOT; slots go by number, since a command may come twice."""
 
     IMAGE = 0
     BOOTLOADER = 1
-    OTHER_IMAGE = 2
+    SLOT_0 = 2
+    SLOT_1 = 3
 
 
 class Identity(NamedTuple):

@@ -143,7 +143,8 @@ class LineClient:
         Raises:
             WireError: it holds no image that was confirmed once, or there is no bootloader.
         """
-        content = frames.REBOOT.pack(*Reboot(frames.REBOOT_KEY, RebootTo.OTHER_IMAGE))
+        other = RebootTo.SLOT_0 if self.identity(timeout_s).slot == 1 else RebootTo.SLOT_1
+        content = frames.REBOOT.pack(*Reboot(frames.REBOOT_KEY, other))
         self._call(FrameKind.REBOOT, content, timeout_s)
 
     def answer(self, timeout_s: float = CALL_TIMEOUT_S) -> AnswerInfo:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent.protocol.errors import DataError
-from exporter.methods.edgent.profile import non_negative_least_squares
 
 from .platform import Constant, Platform, Processor
 from .work import PieceWork, filled, run_piece
@@ -153,3 +152,35 @@ def _features(work: PieceWork, lanes: int, depth: int) -> list[float]:
 def _constant(value: float, source: str) -> Constant[float]:
     # Validated where it was read: a platform file says "2 G/s", this is a plain number.
     return Constant[float].model_construct(value=value, source=source)
+
+
+def non_negative_least_squares(
+    x: NDArray[np.float64], y: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The w >= 0 with the smallest |x w - y|, exactly: the best of all sets of positive columns.
+
+    For a handful of columns (it solves 2^columns small problems).
+
+    Args:
+        x: (N, K) float64, K <= 8.
+        y: (N,) float64.
+
+    Returns:
+        (K,) float64.
+    """
+    columns = x.shape[1]
+    norms = np.linalg.norm(x, axis=0)
+    norms[norms == 0] = 1.0
+    scaled = x / norms
+    best, best_error = np.zeros(columns), float(y @ y)
+    for size in range(1, columns + 1):
+        for chosen in combinations(range(columns), size):
+            part = scaled[:, chosen]
+            weights = np.linalg.lstsq(part, y, rcond=None)[0]
+            if (weights < 0).any():
+                continue
+            error = float(np.sum((part @ weights - y) ** 2))
+            if error < best_error:
+                best, best_error = np.zeros(columns), error
+                best[list(chosen)] = weights
+    return np.asarray(best / norms)

@@ -269,18 +269,26 @@ static void put_statistics(const struct shoal_agent *agent, struct shoal_frame *
     reply->length = SHOAL_STATISTICS_BYTES;
 }
 
-/* Whether a REBOOT may be done; what is to be started then is settled. */
-static uint8_t on_reboot(const struct shoal_frame *command)
+/* Whether a REBOOT may be done; what is to be started then is settled. A command for the slot that
+ * runs came twice: all is done. */
+static uint8_t on_reboot(const struct shoal_frame *command, bool *reboot)
 {
+    uint8_t to = 0U;
     if ((command->length != SHOAL_REBOOT_BYTES) ||
         (shoal_bytes_get32(&command->content[SHOAL_REBOOT_AT_KEY]) != SHOAL_FRAME_REBOOT_KEY) ||
-        (command->content[SHOAL_REBOOT_AT_TO] > SHOAL_REBOOT_TO_OTHER_IMAGE)) {
+        (command->content[SHOAL_REBOOT_AT_TO] > SHOAL_REBOOT_TO_SLOT_1)) {
         return SHOAL_STATUS_BAD_CONTENT;
     }
-    if ((command->content[SHOAL_REBOOT_AT_TO] == SHOAL_REBOOT_TO_OTHER_IMAGE) &&
-        !shoal_slot_roll_back()) {
-        return SHOAL_STATUS_REFUSED;
+    to = command->content[SHOAL_REBOOT_AT_TO];
+    if (to >= SHOAL_REBOOT_TO_SLOT_0) {
+        if ((to - SHOAL_REBOOT_TO_SLOT_0) == shoal_slot_running()) {
+            return SHOAL_STATUS_OK;
+        }
+        if (!shoal_slot_roll_back()) {
+            return SHOAL_STATUS_REFUSED;
+        }
     }
+    *reboot = true;
     return SHOAL_STATUS_OK;
 }
 
@@ -320,8 +328,7 @@ static void handle(struct shoal_agent *agent)
         put_statistics(agent, reply);
         break;
     case SHOAL_KIND_REBOOT:
-        status = on_reboot(command);
-        reboot = status == SHOAL_STATUS_OK;
+        status = on_reboot(command, &reboot);
         break;
     case SHOAL_KIND_ANSWER:
         status = on_answer(agent);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +14,7 @@ from typing_extensions import Self
 
 from agent.protocol.errors import DataError, UnsupportedLayer
 from agent.protocol.plan import Contract, Name
+from exporter.cost.fit import non_negative_least_squares
 from exporter.methods.edgent.layers import FEATURES, Chain, LayerWork
 
 FOLDS = 5
@@ -276,38 +276,6 @@ def load_profiles(path: Path) -> LatencyProfiles:
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, x['loc']))}: {x['msg']}" for x in error.errors()]
         raise DataError("\n".join(lines), "write it again with shoal profile") from error
-
-
-def non_negative_least_squares(
-    x: NDArray[np.float64], y: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """The w >= 0 with the smallest |x w - y|, exactly: the best of all sets of positive columns.
-
-    For a handful of columns (it solves 2^columns small problems).
-
-    Args:
-        x: (N, K) float64, K <= 8.
-        y: (N,) float64.
-
-    Returns:
-        (K,) float64.
-    """
-    columns = x.shape[1]
-    norms = np.linalg.norm(x, axis=0)
-    norms[norms == 0] = 1.0
-    scaled = x / norms
-    best, best_error = np.zeros(columns), float(y @ y)
-    for size in range(1, columns + 1):
-        for chosen in combinations(range(columns), size):
-            part = scaled[:, chosen]
-            weights = np.linalg.lstsq(part, y, rcond=None)[0]
-            if (weights < 0).any():
-                continue
-            error = float(np.sum((part @ weights - y) ** 2))
-            if error < best_error:
-                best, best_error = np.zeros(columns), error
-                best[list(chosen)] = weights
-    return np.asarray(best / norms)
 
 
 def _fitted(x: NDArray[np.float64], y: NDArray[np.float64], least_ms: float) -> NDArray[np.float64]:
