@@ -21,6 +21,7 @@ from benchmarks import (
     ddnn,
     ddnn_plots,
     edgent,
+    edgent_plots,
     fleet_latency,
     fleet_memory,
     fleet_soak,
@@ -102,6 +103,12 @@ GROUPS = {
 }
 
 
+FIGURES = {
+    "ddnn": (ddnn_plots.PATH, ddnn_plots.draw),
+    "edgent": (edgent_plots.PATH, edgent_plots.draw),
+}
+"""By group: where its figures go, and what draws them from the results."""
+
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->"
 
@@ -168,8 +175,9 @@ def main() -> int:
         text = group.table()
         (RESULTS / f"{name}.md").write_text(text)
         print(text)
-    if "ddnn" in (chosen.groups or GROUPS):
-        (ROOT / ddnn_plots.PATH).write_text(ddnn_plots.draw(ddnn.read()["runs"]))
+        if name in FIGURES:
+            path, figure = FIGURES[name]
+            (ROOT / path).write_text(figure())
     README.write_text(with_results(README.read_text()))
     return status
 
