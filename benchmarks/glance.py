@@ -13,15 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import edgent_live, fleet_latency, fleet_memory, fleet_soak, nonn
-from benchmarks.record import RESULTS
+from benchmarks import (
+    edgent_live,
+    firmware,
+    fleet_latency,
+    fleet_memory,
+    fleet_soak,
+    latency,
+    measured_speedups,
+    nonn,
+    planner,
+)
+from benchmarks.record import RESULTS, Row
 
 HEADER = "| | what | paper or peer | goal | Shoal | met |\n|---|---|---|---|---|---|"
 
 
 def draw() -> str:
     """The table, Markdown."""
-    rows = [*_edgenai(), *_ddnn(), *_lcp(), *_nonn(), *_edgent(), *_c(), *_runtime()]
+    rows = [*_edgenai(), *_ddnn(), *_lcp(), *_nonn(), *_edgent(), *_c(), *_cost(), *_runtime()]
     return "\n".join([HEADER, *rows])
 
 
@@ -203,6 +213,19 @@ def _packed_row() -> str:
         f"{m4['model_bytes']} B; {first:.2f}; {wrong}",
         m4["model_bytes"] <= 750 and first <= 2.5 and not wrong,
     )
+
+
+def _cost() -> list[str]:
+    found = {name: _load(name) for name in firmware.NAMES if (RESULTS / f"{name}.json").exists()}
+    named = [("Firmware", row) for row in firmware.rows(found) if "every single" not in row.what]
+    named += [("Cost", row) for row in latency.rows(_load(latency.NAME))[:2]]
+    named += [("Cost", row) for row in measured_speedups.rows(_load(measured_speedups.NAME))]
+    named += [("Planner", row) for row in planner.rows(_load(planner.NAME))]
+    return [
+        _row(name, row.what, "-", row.to_reach, row.measured, row.met)
+        for name, row in named
+        if row.met is not None
+    ]
 
 
 def _runtime() -> list[str]:

@@ -22,6 +22,7 @@ from benchmarks import (
     ddnn_plots,
     edgent,
     edgent_plots,
+    firmware,
     fleet_latency,
     fleet_memory,
     fleet_soak,
@@ -96,6 +97,15 @@ GROUPS = {
     ),
     "codegen": Group((("codegen", "--keep"),), codegen.draw),
     "codegen_binary": Group((("codegen_binary", "--keep"),), codegen_binary.draw),
+    "firmware": Group(
+        (
+            ("firmware", "power", "--keep"),
+            ("firmware", "fuzz", "--keep"),
+            ("firmware", "line", "--keep"),
+            ("firmware", "size", "--keep"),
+        ),
+        firmware.draw,
+    ),
     "speedups": Group((("speedups", "--keep"),), speedups.draw),
     "planner": Group((("planner", "--keep"),), planner.draw),
     "latency": Group((("latency", "--keep"),), latency.draw),
@@ -115,7 +125,7 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 def with_results(readme: str) -> str:
     """The README with all at a glance and the tables of results/*.md, shortened and folded."""
-    names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen")
+    names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen", "firmware")
     names += ("codegen_binary", "latency", "measured_speedups", "planner", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
     body = "\n\n".join([glance(), *map(folded, tables)])
