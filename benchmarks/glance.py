@@ -24,7 +24,7 @@ from benchmarks import (
     nonn,
     planner,
 )
-from benchmarks.record import RESULTS, Row
+from benchmarks.record import RESULTS
 
 HEADER = "| | what | paper or peer | goal | Shoal | met |\n|---|---|---|---|---|---|"
 
