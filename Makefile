@@ -42,5 +42,6 @@ clean:
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
+	@echo "Install Shoal and what it needs; minutes on a slow line, TensorFlow is large."
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

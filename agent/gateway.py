@@ -152,9 +152,6 @@ class _SerialBackend:
         shape = next(spec.shape for spec in self._entry.outputs if spec.index == index)
         return np.frombuffer(self._output[begin:end], np.int8).reshape(shape)
 
-    def describe(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        raise NotImplementedError("its sizes and its model's hash are checked instead")
-
 
 def serial_pieces(
     device: Microcontroller, connection: Connection, manifest: Manifest, who: Device

@@ -40,7 +40,7 @@ PIP_LINE = (
 
 
 class _Backend(Protocol):
-    """One interpreter. Arrays carry the batch axis; `read` may return a view of its memory.
+    """What runs a piece. Arrays carry the batch axis; `read` may return a view of its memory.
 
     Inputs and outputs are numbered as the .tflite lists them.
     """
@@ -52,6 +52,10 @@ class _Backend(Protocol):
     def invoke(self) -> None: ...
 
     def read(self, index: int) -> NDArray[np.generic]: ...
+
+
+class _Interpreter(_Backend, Protocol):
+    """A backend that knows the model: its input and its outputs, as LiteRT describes tensors."""
 
     def describe(self) -> tuple[dict[str, Any], list[dict[str, Any]]]: ...
 
@@ -208,7 +212,7 @@ class BareModel:
 
     def __init__(self, content: bytes, runtime: Runtime) -> None:
         self.runtime = _choose("to be timed", runtime)
-        self._backend: _Backend
+        self._backend: _Interpreter
         try:
             if self.runtime is Runtime.TFLITE_MICRO:
                 self._backend = _Micro(content, max(10 * len(content), TIMED_ARENA_BYTES), 1)
@@ -270,7 +274,7 @@ def _notice(asked: Runtime, chosen: Runtime) -> str | None:
     return None
 
 
-def _start(runtime: Runtime, content: bytes, entry: PieceEntry) -> _Backend:
+def _start(runtime: Runtime, content: bytes, entry: PieceEntry) -> _Interpreter:
     if runtime is Runtime.TFLITE_MICRO:
         # Room for the recording allocator on top of what the piece itself was measured to need.
         arena = max(2 * (entry.arena_bytes or 0), 10 * len(content), 65_536)
@@ -357,7 +361,7 @@ def _look_up(table: NDArray[np.int8], frame: NDArray[np.uint8], out: NDArray[np.
         out[...] = table[np.arange(table.shape[0]), frame]
 
 
-def _check_tensors(entry: PieceEntry, frame: FrameSpec | None, backend: _Backend) -> None:
+def _check_tensors(entry: PieceEntry, frame: FrameSpec | None, backend: _Interpreter) -> None:
     findings = []
     taken, given = backend.describe()
     compared = [(entry.input, taken)]

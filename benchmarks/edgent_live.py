@@ -37,8 +37,8 @@ from agent.protocol.fleet import Device, load_fleet
 from agent.protocol.manifest import Manifest, read_manifest
 from agent.protocol.messages import Status
 from agent.protocol.plan import FRAME
-from agent.runtime import LoadedPiece
 from benchmarks.datasets import CACHE
+from benchmarks.emulated import Throttled
 from benchmarks.record import HEADER, Row, circumstances, load, machine_line, report
 
 NAME = "edgent_live"
@@ -67,28 +67,6 @@ devices:
   - {{id: eye, kind: mcu, memory: 1 MB, flash: 8 MB, sensor: {{array: frames.npy}}}}
   - {{id: server, kind: pc, tier: cloud}}
 """
-
-
-class Throttled:
-    """A piece that takes the time it is told to take, or longer if it is slower than that."""
-
-    def __init__(self, piece: LoadedPiece, seconds: float) -> None:
-        self._piece = piece
-        self._seconds = seconds
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._piece, name)
-
-    def run_outputs(self, values: NDArray[np.generic]) -> tuple[NDArray[np.generic], ...]:
-        """As `LoadedPiece.run_outputs`, slower."""
-        end_s = time.monotonic() + self._seconds
-        outputs = self._piece.run_outputs(values)
-        time.sleep(max(0.0, end_s - time.monotonic()))
-        return outputs
-
-    def warm_up(self, runs: int = 3) -> float:
-        """As `LoadedPiece.warm_up`."""
-        return max(self._piece.warm_up(runs), self._seconds)
 
 
 @contextmanager

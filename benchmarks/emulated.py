@@ -74,7 +74,7 @@ class Asked:
 
 
 class Throttled:
-    """A piece that takes the time it is told to take."""
+    """A piece that takes the time it is told to take, or longer if it is slower than that."""
 
     def __init__(self, piece: LoadedPiece, seconds: float) -> None:
         self._piece = piece
@@ -92,8 +92,7 @@ class Throttled:
 
     def warm_up(self, runs: int = 3) -> float:
         """As `LoadedPiece.warm_up`."""
-        self._piece.warm_up(runs)
-        return self._seconds
+        return max(self._piece.warm_up(runs), self._seconds)
 
 
 def alone(bundle: Path, runs: int = ALONE_RUNS) -> dict[str, float]:

@@ -11,6 +11,7 @@ nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path())
     parser.add_argument("--digits", action="store_true", help="the small example")
     arguments = parser.parse_args()
+    what = "train a small network" if arguments.digits else "read CIFAR-10 and a trained ResNet-8"
+    print(f"{what} ...", file=sys.stderr)
     start_tensorflow()
     arguments.out.mkdir(parents=True, exist_ok=True)
     written = _digits(arguments.out) if arguments.digits else _cifar10(arguments.out)

@@ -527,9 +527,15 @@ def lcp(
     )
 
 
+READING = "read model and data"
+
+
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A progress bar on stderr; plain lines where stderr is no terminal."""
+    """A progress bar on stderr; plain lines where stderr is no terminal.
+
+    Says at once that it reads: TensorFlow alone takes seconds to load.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -542,6 +548,7 @@ def _progress() -> Iterator[Progress]:
                 said.add(what)
                 print(f"{what} ...", file=sys.stderr, flush=True)
 
+        tell(READING, 0, 1)
         yield tell
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -550,7 +557,10 @@ def _progress() -> Iterator[Progress]:
 
         def draw(what: str, done: int, total: int) -> None:
             if what not in tasks:
+                if READING in tasks:
+                    bars.update(tasks[READING], completed=1)
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)
 
+        draw(READING, 0, 1)
         yield draw

@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import keras
@@ -292,16 +294,18 @@ def test_a_silent_server_is_answered_for_in_time(fleet, manifest, data, monkeypa
     assert pending.round_trip_ms < 400
 
 
-@needs_root
-@pytest.mark.broker
-def test_bandwidth_of_an_emulated_link_is_measured_and_minded(
-    bundle: Path, manifest: Manifest, mosquitto: Mosquitto, data: DataSet
-) -> None:
-    assert manifest.plan.adaptation is not None
-    costs = manifest.plan.adaptation.costs
-    most = max(range(len(costs)), key=lambda i: costs[i].sent_bytes)
-    rate = 1e5
-    conditions = Conditions(Schedule([(1.0, rate)]), delay_s=0.001)
+@dataclass(frozen=True)
+class Behind:
+    """The device here, the server as a process behind an emulated link."""
+
+    link: EmulatedLink
+    address: BrokerAddress
+    eye: RunningDevice
+    server: subprocess.Popen[bytes]
+
+
+@contextmanager
+def fleet_behind(bundle: Path, conditions: Conditions) -> Iterator[Behind]:
     with (
         EmulatedLink(conditions, conditions, subnet=free_subnet()) as link,
         start_broker(host=link.outside) as broker,
@@ -313,16 +317,32 @@ def test_bandwidth_of_an_emulated_link_is_measured_and_minded(
         eye = RunningDevice(bundle, "eye", address, stop=threading.Event())
         try:
             eye.start()
-            with Asker(manifest, load_fleet(bundle / "fleet.yaml"), address) as asker:
-                assert eventually(lambda: len(asker.statuses()) == 2, 60)
-                assert asker.adapter is not None
-                for _ in range(10):
-                    asker.ask(data.test.frames[0], strategy=most)
-                measured = asker.adapter.bits_per_s
+            yield Behind(link, address, eye, server)
         finally:
             eye.close()
             server.terminate()
             server.wait(10)
+
+
+@needs_root
+@pytest.mark.broker
+def test_bandwidth_of_an_emulated_link_is_measured_and_minded(
+    bundle: Path, manifest: Manifest, mosquitto: Mosquitto, data: DataSet
+) -> None:
+    assert manifest.plan.adaptation is not None
+    costs = manifest.plan.adaptation.costs
+    most = max(range(len(costs)), key=lambda i: costs[i].sent_bytes)
+    rate = 1e5
+    conditions = Conditions(Schedule([(1.0, rate)]), delay_s=0.001)
+    with (
+        fleet_behind(bundle, conditions) as behind,
+        Asker(manifest, load_fleet(bundle / "fleet.yaml"), behind.address) as asker,
+    ):
+        assert eventually(lambda: len(asker.statuses()) == 2, 60)
+        assert asker.adapter is not None
+        for _ in range(10):
+            asker.ask(data.test.frames[0], strategy=most)
+        measured = asker.adapter.bits_per_s
 
     # A server that is busy elsewhere takes two messages at once, as if the link were faster.
     assert rate / 4 < measured < rate * 4
@@ -343,42 +363,29 @@ def test_monitor_shows_a_replayed_link_the_strategies_and_the_misses(
     }
     fleet, frame = load_fleet(bundle / "fleet.yaml"), data.test.frames[0]
     conditions = Conditions(Schedule([(120.0, 5e6), (60.0, 2e4)]), delay_s=0.001)
-    with (
-        EmulatedLink(conditions, conditions, subnet=free_subnet()) as link,
-        start_broker(host=link.outside) as broker,
-    ):
-        target = Target(fleet, manifest, BrokerAddress(broker.host, broker.port))
-        line = [sys.executable, "-m", "agent", "run", "--device", "server"]
-        line += ["--bundle", str(bundle), "--broker", f"{broker.host}:{broker.port}"]
-        server = subprocess.Popen(link.command(line), stderr=subprocess.DEVNULL)
-        eye = RunningDevice(bundle, "eye", target.broker, stop=threading.Event())
-        try:
-            eye.start()
-            with Asker(manifest, fleet, target.broker) as asker, Watcher(target) as watcher:
-                state = initial(fleet, target.names, time.time())
-                assert eventually(lambda: len(asker.statuses()) == 2, 60)
-                link.restart(117.0)
-                begun_s, fast, slow = time.monotonic(), list[str](), list[str]()
-                seen: list[Event] = []
-                while (at_s := time.monotonic() - begun_s) < 8:
-                    chosen = asker.ask(frame).strategy
-                    seen += watcher.take(0.0)
-                    if at_s < 2.5 or at_s > 6:
-                        (fast if at_s < 2.5 else slow).append(chosen)
-                eye.close()
-                server.kill()
-                with pytest.raises(DeviceUnreachable):
-                    asker.ask(frame, deadline_ms=20)
-                assert eventually(
-                    lambda: (
-                        bool(seen.extend(watcher.take(0.1)))
-                        or any(isinstance(x.content, Choice) and x.content.late for x in seen)
-                    )
+    with fleet_behind(bundle, conditions) as behind:
+        target = Target(fleet, manifest, behind.address)
+        with Asker(manifest, fleet, behind.address) as asker, Watcher(target) as watcher:
+            state = initial(fleet, target.names, time.time())
+            assert eventually(lambda: len(asker.statuses()) == 2, 60)
+            behind.link.restart(117.0)
+            begun_s, fast, slow = time.monotonic(), list[str](), list[str]()
+            seen: list[Event] = []
+            while (at_s := time.monotonic() - begun_s) < 8:
+                chosen = asker.ask(frame).strategy
+                seen += watcher.take(0.0)
+                if at_s < 2.5 or at_s > 6:
+                    (fast if at_s < 2.5 else slow).append(chosen)
+            behind.eye.close()
+            behind.server.kill()
+            with pytest.raises(DeviceUnreachable):
+                asker.ask(frame, deadline_ms=20)
+            assert eventually(
+                lambda: (
+                    bool(seen.extend(watcher.take(0.1)))
+                    or any(isinstance(x.content, Choice) and x.content.late for x in seen)
                 )
-        finally:
-            eye.close()
-            server.terminate()
-            server.wait(10)
+            )
 
     state = apply_all(seen, state)
     told = [event.content for event in seen if isinstance(event.content, Choice)]
@@ -409,37 +416,25 @@ def test_a_link_that_stops_under_load_costs_no_request(
     conditions = Conditions(Schedule([(120.0, 5e6), (60.0, 0.0)]), delay_s=0.001)
     answered: list[tuple[float, str, float]] = []
     with (
-        EmulatedLink(conditions, conditions, subnet=free_subnet()) as link,
-        start_broker(host=link.outside) as broker,
+        fleet_behind(bundle, conditions) as behind,
+        Asker(manifest, fleet, behind.address) as asker,
     ):
-        address = BrokerAddress(broker.host, broker.port)
-        line = [sys.executable, "-m", "agent", "run", "--device", "server"]
-        line += ["--bundle", str(bundle), "--broker", f"{broker.host}:{broker.port}"]
-        server = subprocess.Popen(link.command(line), stderr=subprocess.DEVNULL)
-        eye = RunningDevice(bundle, "eye", address, stop=threading.Event())
-        try:
-            eye.start()
-            with Asker(manifest, fleet, address) as asker:
-                assert eventually(lambda: len(asker.statuses()) == 2, 60)
-                link.restart(118.0)
-                begun_s = time.monotonic()
+        assert eventually(lambda: len(asker.statuses()) == 2, 60)
+        behind.link.restart(118.0)
+        begun_s = time.monotonic()
 
-                def ask_on(worker: int) -> None:
-                    while (at_s := time.monotonic() - begun_s) < 6:
-                        pending = asker.submit(data.test.frames[worker])
-                        decision = pending.result()
-                        answered.append((at_s, decision.strategy, pending.round_trip_ms))
+        def ask_on(worker: int) -> None:
+            while (at_s := time.monotonic() - begun_s) < 6:
+                pending = asker.submit(data.test.frames[worker])
+                decision = pending.result()
+                answered.append((at_s, decision.strategy, pending.round_trip_ms))
 
-                threads = [threading.Thread(target=ask_on, args=(i,)) for i in range(3)]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join(20)
-                assert not any(thread.is_alive() for thread in threads)
-        finally:
-            eye.close()
-            server.terminate()
-            server.wait(10)
+        threads = [threading.Thread(target=ask_on, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert not any(thread.is_alive() for thread in threads)
 
     before = {name for at_s, name, _ in answered if at_s < 1.5}
     after = [(name, took_ms) for at_s, name, took_ms in answered if at_s > 2.2]

@@ -244,7 +244,7 @@ def test_bundle_on_its_own_fleet_stays_as_it_is():
 
     assert (found.gone, found.new, found.changed, found.moves) == ((), (), (), ())
     assert found.before_ms == found.after_ms
-    assert "nothing is trained" in " ".join(found.lines())
+    assert "no network is trained anew" in " ".join(found.lines())
 
 
 def test_piece_of_a_device_that_is_gone_moves_to_a_new_one(tmp_path):
@@ -260,7 +260,7 @@ def test_piece_of_a_device_that_is_gone_moves_to_a_new_one(tmp_path):
     assert said.exit_code == 0, said.output
     assert "gone: pi-shelf" in said.stdout
     assert "new: pi-new" in said.stdout
-    assert "nothing is trained" in said.stdout
+    assert "no network is trained anew" in said.stdout
     manifest = read_manifest(tmp_path / "new")
     check_files(tmp_path / "new", manifest.files)
     hosts = {node.piece: node.device for node in manifest.plan.strategies[0].nodes}

@@ -186,7 +186,7 @@ def _print(found: Found, fleet: Path) -> None:
     reference = state.wish.reference
     model = "" if reference is None else f"; the model is {reference * 100:.2f} % right"
     print_table(
-        ("", "plan", "accuracy", "one lost", "latency", "sent", "energy", "fullest"),
+        ("", "plan", "accuracy", "one lost", "latency", "sent", "energy", "fullest budget"),
         [
             _row(point, choice, best)
             for point in sorted(trained, key=lambda x: (state.wish.cost(x), x.name))

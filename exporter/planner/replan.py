@@ -114,8 +114,8 @@ class Replanned:
         else:
             right = "" if self.accuracy is None else f"{self.accuracy * 100:.2f} % right as before"
             needs = [move.piece for move in self.moves if move.verify]
-            redo = f"verify {', '.join(needs)}: export anew" if needs else "nothing is trained"
-            found.append(f"must be redone: {redo}")
+            redo = f"verify {', '.join(needs)}: export anew" if needs else "nothing"
+            found.append(f"must be redone: {redo}; no network is trained anew")
             if self.before_ms is not None and self.after_ms is not None:
                 found.append(
                     f"a decision takes {self.after_ms:.3g} ms, was {self.before_ms:.3g} ms "
