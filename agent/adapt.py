@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from agent.protocol.adaptation import CostTable, configuration_map, reward
 from agent.protocol.errors import ManifestError
 from agent.protocol.messages import Decision
-from agent.protocol.plan import Adaptation, Plan
+from agent.protocol.plan import Plan
 
 Reals = NDArray[np.float64]
 
@@ -277,7 +277,7 @@ class Adapter:
         self.limit_ms = adaptation.limit_ms
         self._clock = clock
         self._link_ms = adaptation.link_ms
-        self._table = cost_table(adaptation)
+        self._table = CostTable.of(adaptation)
         self._devices = [
             frozenset(node.device for node in strategy.nodes) for strategy in plan.strategies
         ]
@@ -391,18 +391,6 @@ class Adapter:
     def _observe(self, bits_per_s: float) -> None:
         self._measured_s = self._clock()
         self._chooser.observe(min(bits_per_s, self._highest_bits_per_s))
-
-
-def cost_table(adaptation: Adaptation) -> CostTable:
-    """The costs of a plan's strategies as arrays."""
-    costs = adaptation.costs
-    return CostTable(
-        compute_ms=np.array([cost.compute_ms for cost in costs]),
-        sent_bits=np.array([8.0 * cost.sent_bytes for cost in costs]),
-        messages=np.array([float(cost.messages) for cost in costs]),
-        accuracy=np.array([cost.accuracy for cost in costs]),
-        link_ms=adaptation.link_ms,
-    )
 
 
 def _log(bits_per_s: float) -> float:

@@ -314,11 +314,11 @@ def drain(rate: float) -> None:
 
 def calibrate(bundle: Path, manifest: Manifest, seconds: Mapping[str, float]) -> float:
     """What one message takes however small it is, ms: measured once, at the highest rate."""
-    from agent.adapt import cost_table
+    from agent.protocol.adaptation import CostTable
 
     plan = manifest.plan
     assert plan.adaptation is not None
-    costs = cost_table(plan.adaptation)
+    costs = CostTable.of(plan.adaptation)
     strategy = [x.name for x in plan.strategies].index("e5-server")
     took = []
     with asking(bundle, manifest, RATES[-1], seconds) as asker:
@@ -375,11 +375,11 @@ def ask_all(
     grid_requests: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """At each rate every strategy by itself, then strategies as they are picked by deadline."""
-    from agent.adapt import cost_table
+    from agent.protocol.adaptation import CostTable
 
     plan = manifest.plan
     assert plan.adaptation is not None
-    costs = cost_table(plan.adaptation)
+    costs = CostTable.of(plan.adaptation)
     labels = np.load(bundle / "labels.npy")
     predictions, grid = [], []
     for rate in RATES:

@@ -473,11 +473,11 @@ def _options(default: str) -> list[Callable[[F], F]]:
         _of(
             "edgent",
             "--aim",
-            default="reward",
+            default="accuracy",
             show_default=True,
-            type=click.Choice(["reward", "accuracy"]),
-            help="What a strategy is picked for: accuracy and throughput together, or the most "
-            "accurate one that is in time.",
+            type=click.Choice(["accuracy", "reward"]),
+            help="What a strategy is picked for: the most accurate one that is in time, or "
+            "accuracy and throughput together.",
         ),
         _of(
             "edgent",

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from agent.protocol.errors import ManifestError
+from agent.protocol.plan import Adaptation
 
 Reals = NDArray[np.float64]
 
@@ -87,6 +88,18 @@ class CostTable:
             self.messages[index],
             self.accuracy[index],
             self.link_ms,
+        )
+
+    @classmethod
+    def of(cls, adaptation: Adaptation) -> CostTable:
+        """The costs of a plan's strategies, in the plan's order."""
+        costs = adaptation.costs
+        return cls(
+            compute_ms=np.array([cost.compute_ms for cost in costs]),
+            sent_bits=np.array([8.0 * cost.sent_bytes for cost in costs]),
+            messages=np.array([float(cost.messages) for cost in costs]),
+            accuracy=np.array([cost.accuracy for cost in costs]),
+            link_ms=adaptation.link_ms,
         )
 
 

@@ -25,8 +25,9 @@ class EdgentOptions:
         lowest_bits_per_s, highest_bits_per_s: Bandwidths that strategies are chosen for.
         strategies: At most so many are exported.
         keep: Names of strategies that are exported in any case, such as `e5-device`.
-        aim: What a strategy is picked for: `reward` weighs accuracy and throughput, `accuracy`
-            takes the most accurate one that is in time.
+        aim: What a strategy is picked for: `accuracy` takes the most accurate one that is in time
+            (Algorithm 1), `reward` weighs accuracy and throughput (Algorithm 2), of which the
+            latter decides where a decision takes a few milliseconds.
         entropy_exit: An exit that, in strategies of their own, answers only what it is sure of by
             entropy (BranchyNet); 1 = the earliest; None: there are none such.
         entropy_normalized: Its threshold is chosen among shares of ln C, not among nats.
@@ -46,7 +47,7 @@ class EdgentOptions:
     highest_bits_per_s: float = 50e6
     strategies: int = 8
     keep: tuple[str, ...] = ()
-    aim: Literal["reward", "accuracy"] = "reward"
+    aim: Literal["reward", "accuracy"] = "accuracy"
     entropy_exit: int | None = None
     entropy_normalized: bool = False
     entropy_drop: float = 0.005
