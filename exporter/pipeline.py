@@ -203,12 +203,12 @@ def settled_again(
     return METHODS[method].settle(made.design, seen, fleet, options, runner(pieces))
 
 
-def float_accuracy(
+def in_float(
     base: Any, data: DataSet, fleet: Fleet, split: Split, *, method: str, options: Any
-) -> float:
-    """Accuracy of a method's pieces on some samples before they are quantized.
+) -> tuple[Design, Settled]:
+    """A method's pieces, and what they reach on some samples, before they are quantized.
 
-    `split` stands in for the test data; of a plan with several strategies the best counts.
+    `split` stands in for the test data, and for held-out data that nothing is fitted on any more.
 
     Raises:
         ShoalError: as `export`.
@@ -226,8 +226,7 @@ def float_accuracy(
         return np.asarray(own.model.predict(inputs, batch_size=256, verbose=0), np.float32)
 
     seen = replace(data, test=split, held_out=split)
-    settled = METHODS[method].settle(design, seen, fleet, options, run)
-    return settled.figures["accuracy_fleet"].value
+    return design, METHODS[method].settle(design, seen, fleet, options, run)
 
 
 def write(

@@ -13,7 +13,6 @@ from exporter.cost.shapes import graph_of
 from exporter.graph import LayerGraph
 from exporter.planner.candidates import Candidate, alone, groups, space
 from exporter.planner.choice import (
-    Glance,
     Wish,
     best,
     choose,
@@ -21,9 +20,10 @@ from exporter.planner.choice import (
     still_open,
     without_hope,
 )
+from exporter.planner.glances import Glance
 from exporter.planner.points import Memory, Outcome, Point
 from exporter.planner.saved import State, known, latest, save
-from exporter.planner.search import next_wave
+from exporter.planner.search import Step, next_steps
 from exporter.planner.sketch import Network, sketch
 from exporter.planner.what_if import edited, what_if
 from exporter.zoo.layout import Layout
@@ -251,7 +251,7 @@ def test_weaker_plans_of_a_method_that_failed_are_given_up_and_stronger_ones_not
 def test_short_training_gives_up_only_what_is_far_off(seen: float, given_up: bool):
     points = [point("nonn", 2.0, strength=3.0), point("nonn", 1.0, strength=2.0)]
 
-    marked = without_hope(points, [Glance(points[0].candidate, seen)], WISH)
+    marked = without_hope(points, [Glance(points[0].candidate, {"nonn": seen})], WISH)
 
     assert [bool(x.hopeless) for x in marked] == [given_up, given_up]
 
@@ -271,26 +271,73 @@ def test_whole_network_on_its_best_device_is_tried_first_and_then_what_needs_no_
         point("layerwise", 1.5),
     ]
 
-    assert [x.method for x in next_wave(points, WISH, 3)] == ["single"]
-    assert next_wave(points, WISH, 1)[0].devices == ("b",)
+    def methods(count: int) -> list[str]:
+        return [x.candidate.method for x in next_steps(points, (), WISH, count)]
+
+    assert methods(3) == ["single"]
+    assert next_steps(points, (), WISH, 1)[0].candidate.devices == ("b",)
     points[1] = replace(points[1], trained=True, accuracy=0.98)
-    assert [x.method for x in next_wave(points, WISH, 1)] == ["layerwise"]
+    assert methods(1) == ["layerwise"]
 
 
-def test_strongest_plan_of_a_method_is_tried_first_then_the_middle_of_those_left():
+def test_strongest_pruned_plan_is_tried_first_then_the_middle_of_those_left():
+    points = [point("single", 9.0, 0.98)]
+    points += [point("snn", float(i), strength=float(i)) for i in range(1, 6)]
+
+    assert next_steps(points, (), WISH, 1) == [Step(points[5].candidate)]
+    points[5] = replace(points[5], trained=True, accuracy=0.98)
+    assert next_steps(points, (), WISH, 1) == [Step(points[2].candidate)]
+
+
+def test_short_trainings_look_for_the_weakest_promising_plan_and_that_one_is_trained():
+    """lcp of widths 1..5, of which 3 and above stay accurate after a short training."""
     points = [point("single", 9.0, 0.98)]
     points += [point("lcp", float(i), strength=float(i)) for i in range(1, 6)]
+    widths = {x.candidate: i for i, x in enumerate(points)}
+    glances: list[Glance] = []
+    seen = []
+    while (step := next_steps(without_hope(points, glances, WISH), glances, WISH, 1)[0]).shortly:
+        seen.append(widths[step.candidate])
+        glances.append(Glance(step.candidate, {"lcp": 0.95 if seen[-1] >= 3 else 0.5}))
 
-    assert next_wave(points, WISH, 1)[0] == points[5].candidate
-    points[5] = replace(points[5], trained=True, accuracy=0.98)
-    assert next_wave(points, WISH, 1)[0] == points[2].candidate
+    assert seen == [5, 2, 3]
+    assert widths[step.candidate] == 3
+
+
+def test_where_the_weakest_promising_plan_fails_stronger_ones_are_trained_whole():
+    points = [point("single", 9.0, 0.98)]
+    points += [point("lcp", float(i), strength=float(i)) for i in range(1, 6)]
+    points[2] = replace(points[2], trained=True, accuracy=0.9)
+    glances = [Glance(points[i].candidate, {"lcp": 0.95}) for i in (2, 5)]
+
+    assert next_steps(without_hope(points, glances, WISH), glances, WISH, 1) == [
+        Step(points[4].candidate)
+    ]
+
+
+def test_early_exits_that_a_short_training_shows_to_be_poor_bound_nothing():
+    """Of a plan with two strategies only the promising one says what it may cost."""
+    candidate = next(x for x in state().space(fleet()) if x.method == "edgent")
+    drawn = sketch(candidate, network(), fleet())
+    quick, *rest = drawn.plan.strategies
+    poor = {quick.name: 0.3, **{way.name: 0.97 for way in rest}}
+    kept = state(glances=(Glance(candidate, poor, drawn),))
+
+    before, after = (
+        next(x for x in known(each, fleet()).points if x.candidate == candidate)
+        for each in (state(), kept)
+    )
+
+    assert before.strategy == quick.name
+    assert after.strategy == rest[0].name
+    assert after.latency_ms > before.latency_ms
 
 
 def test_nothing_is_left_once_the_choice_is_settled_unless_everything_is_asked_for():
     points = [point("single", 1.0, 0.98), point("lcp", 2.0)]
 
-    assert next_wave(points, WISH, 1) == []
-    assert next_wave(points, WISH, 1, everything=True) == [points[1].candidate]
+    assert next_steps(points, (), WISH, 1) == []
+    assert next_steps(points, (), WISH, 1, everything=True) == [Step(points[1].candidate)]
 
 
 def test_sentence_says_that_splitting_does_not_pay():
@@ -322,7 +369,7 @@ def test_sentence_says_when_no_device_holds_the_network():
 
 def test_search_is_read_back_as_it_was_kept(tmp_path):
     refused = Outcome(Candidate("ddnn", ("pi-a",), (("ddnn_filters", (4,)),)), refused="no images")
-    glance = Glance(Candidate("nonn", ("pi-a", "pi-b"), (("ratio", 4.0),)), 0.5)
+    glance = Glance(Candidate("nonn", ("pi-a", "pi-b"), (("ratio", 4.0),)), {"nonn": 0.5})
     kept = state(outcomes=(refused,), glances=(glance,), seconds=1.5, judged_by=70)
 
     save(kept, tmp_path)

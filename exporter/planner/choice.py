@@ -9,10 +9,15 @@ from math import inf
 from agent.protocol.units import format_bytes
 
 from .candidates import Candidate
+from .glances import Glance
 from .points import Point
 
 EQUAL = 0.03
 """Plans whose goal differs by less than this share count as equal: none is trained for it."""
+
+
+GLANCE_MARGIN = 0.10
+"""A candidate that is so far from accurate enough after a short training is given up."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ class Wish:
         if self.max_loss_one_lost is None:
             return True
         return (point.one_lost or 0.0) >= reference - self.max_loss_one_lost - 1e-9
+
+    @property
+    def least_glanced(self) -> float:
+        """The accuracy that is promising after a short training; any where there is no model."""
+        return -inf if self.reference is None else self.reference - self.max_loss - GLANCE_MARGIN
 
     def text(self, point: Point) -> str:
         """The goal's cost for people."""
@@ -112,22 +122,6 @@ def still_open(points: Sequence[Point], wish: Wish) -> tuple[Point, ...]:
     return tuple(sorted(found, key=lambda x: (wish.cost(x), x.name)))
 
 
-@dataclass(frozen=True)
-class Glance:
-    """What a short training told of a candidate, before quantization.
-
-    Attributes:
-        accuracy: On the samples that plans are chosen by, float, measured.
-    """
-
-    candidate: Candidate
-    accuracy: float
-
-
-GLANCE_MARGIN = 0.10
-"""A candidate that is so far from accurate enough after a short training is given up."""
-
-
 def without_hope(
     points: Sequence[Point], glances: Sequence[Glance], wish: Wish
 ) -> tuple[Point, ...]:
@@ -151,7 +145,7 @@ def without_hope(
         for candidate, own in tried.items()
         if not any(wish.allows(point, wish.reference) for point in own)
     ]
-    least = wish.reference - wish.max_loss - GLANCE_MARGIN
+    least = wish.least_glanced
     seen += [
         (glance.candidate, f"had {glance.accuracy * 100:.1f} % after a short training")
         for glance in glances

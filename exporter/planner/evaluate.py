@@ -25,13 +25,16 @@ from agent.protocol.fleet import Fleet
 from exporter import pipeline
 from exporter.cost.bundle import works_of_files
 from exporter.data import DataSet, Split
+from exporter.graph import LayerGraph, layer_graph
 from exporter.method_options import default_choices, method_options
-from exporter.methods.face import Settled
+from exporter.methods.face import Design, Settled, TrainedPiece
 from exporter.methods.snn.search import Arrays, content_key
 from exporter.methods.snn.source import source_key
 
 from .candidates import Candidate
+from .glances import Glance
 from .points import Outcome, judged_of
+from .sketch import drawn_from
 
 JUDGE_SHARE = 0.4
 """Of the held-out data: what plans are chosen by."""
@@ -154,19 +157,38 @@ def glance(task: Task, candidate: Candidate) -> Arrays:
     """Train a candidate shortly and measure it in float: a function for `map_cached`.
 
     Returns:
-        `accuracy`: () float64 on the samples that plans are chosen by; NaN: it cannot be made.
+        `told`: a `Glance` as JSON, (N,) uint8.
     """
+    told = json.dumps(make_glance(task, candidate).as_json()).encode()
+    return {"told": np.frombuffer(told, np.uint8)}
+
+
+def make_glance(task: Task, candidate: Candidate) -> Glance:
+    """What a short training tells of a candidate; of one that cannot be made nothing."""
     inputs = inputs_of(task)
     fleet, method = candidate.fleet(inputs.fleet), candidate.method
     base = None if method in pipeline.OWN_NETWORK else inputs.base
     options = options_of(task, short(candidate))
     try:
-        accuracy = pipeline.float_accuracy(
+        design, settled = pipeline.in_float(
             base, inputs.data, fleet, inputs.judge, method=method, options=options
         )
     except ShoalError:
-        accuracy = float("nan")
-    return {"accuracy": np.asarray(accuracy)}
+        return Glance(candidate, {})
+    accuracies = _by_strategy(settled)
+    if len(accuracies) == 1:
+        return Glance(candidate, accuracies)
+    return Glance(candidate, accuracies, drawn_from(settled.plan, _graphs(design)))
+
+
+def _graphs(design: Design) -> dict[str, LayerGraph]:
+    models = (piece for piece in design.pieces if isinstance(piece, TrainedPiece))
+    return {piece.name: layer_graph(piece.model) for piece in models}
+
+
+def glance_of(result: Mapping[str, NDArray[Any]]) -> Glance:
+    """Read what `glance` told."""
+    return Glance.from_json(json.loads(result["told"].tobytes()))
 
 
 def short(candidate: Candidate) -> Candidate:

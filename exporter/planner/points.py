@@ -60,7 +60,7 @@ class Outcome:
             "one_lost": self.one_lost,
             "exit_shares": list(self.exit_shares),
             "seconds": self.seconds,
-            "works": {name: _work_json(work) for name, work in self.works.items()},
+            "works": {name: work_json(work) for name, work in self.works.items()},
         }
 
     @classmethod
@@ -76,11 +76,12 @@ class Outcome:
             one_lost=data["one_lost"],
             exit_shares=tuple(data["exit_shares"]),
             seconds=data["seconds"],
-            works={name: _work_from(work) for name, work in data.get("works", {}).items()},
+            works={name: work_from(work) for name, work in data.get("works", {}).items()},
         )
 
 
-def _work_json(work: PieceWork) -> dict[str, Any]:
+def work_json(work: PieceWork) -> dict[str, Any]:
+    """Plain data of a piece's work."""
     return {
         **asdict(work),
         "layers": [list(astuple(layer)) for layer in work.layers],
@@ -88,7 +89,8 @@ def _work_json(work: PieceWork) -> dict[str, Any]:
     }
 
 
-def _work_from(data: Mapping[str, Any]) -> PieceWork:
+def work_from(data: Mapping[str, Any]) -> PieceWork:
+    """Read `work_json` back."""
     return PieceWork(
         **{
             **data,

@@ -17,12 +17,11 @@ from agent.protocol.manifest import FrameSpec
 from exporter.graph import Flow, Layer, LayerGraph
 
 from .candidates import Candidate, Setting, space
-from .choice import Glance, Wish, without_hope
+from .choice import Wish, without_hope
+from .glances import Glance
 from .points import (
     Outcome,
     Point,
-    candidate_from,
-    candidate_json,
     point_of_sketch,
     points_of,
     request_bytes,
@@ -31,7 +30,7 @@ from .sketch import Network, sketch
 
 FOLDER = "planner"
 LATEST = "latest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,9 @@ def known(state: State, fleet: Fleet) -> Known:
         for outcome in state.outcomes
         if set(outcome.candidate.devices) <= same
     }
+    # Which strategies are made depends on the links.
+    seen = state.glances if fleet == state.fleet else ()
+    glances = {glance.candidate: glance for glance in seen}
     points: list[Point] = []
     refused: dict[Candidate, str] = {}
     frame = request_bytes(np.zeros(state.frame.shape, state.frame.dtype))
@@ -125,6 +127,8 @@ def known(state: State, fleet: Fleet) -> Known:
             continue
         try:
             drawn = sketch(candidate, state.network, fleet)
+            if candidate in glances:
+                drawn = glances[candidate].narrowed(drawn, state.wish.least_glanced)
             if found:
                 points += [replace(point, strength=drawn.strength) for point in found]
             else:
@@ -180,7 +184,7 @@ def _as_json(state: State) -> dict[str, Any]:
         "fixed": {method: dict(own) for method, own in state.fixed.items()},
         "platforms": dict(state.platforms),
         "outcomes": [outcome.as_json() for outcome in state.outcomes],
-        "glances": [[candidate_json(x.candidate), x.accuracy] for x in state.glances],
+        "glances": [glance.as_json() for glance in state.glances],
         "seconds": state.seconds,
         "judged_by": state.judged_by,
     }
@@ -206,7 +210,7 @@ def _from_json(data: Mapping[str, Any]) -> State:
         },
         platforms=data["platforms"],
         outcomes=tuple(map(Outcome.from_json, data["outcomes"])),
-        glances=tuple(Glance(candidate_from(x), accuracy) for x, accuracy in data["glances"]),
+        glances=tuple(map(Glance.from_json, data["glances"])),
         seconds=data["seconds"],
         judged_by=data["judged_by"],
     )

@@ -26,8 +26,20 @@ from exporter.methods.snn.source import source_key
 from exporter.surgery import without_softmax
 
 from .candidates import TRAINED, Candidate, Setting
-from .choice import Choice, Glance, Wish, choose, still_open
-from .evaluate import GLANCED, Task, evaluate, glance, inputs_of, outcome_of, result_key, short
+from .choice import Choice, Wish, choose, still_open
+from .evaluate import (
+    GLANCED,
+    Task,
+    evaluate,
+    glance,
+    glance_of,
+    inputs_of,
+    make_glance,
+    outcome_of,
+    result_key,
+    short,
+)
+from .glances import Glance
 from .points import Point
 from .saved import FOLDER, Known, State, known, save
 from .sketch import Network
@@ -111,7 +123,7 @@ def search(
         return keys.setdefault(candidate, result_key(task, candidate, fleet))
 
     def glance_key(candidate: Candidate) -> str:
-        return content_key(glance=key(candidate), source=source_key(glance, short))
+        return content_key(glance=key(candidate), source=source_key(make_glance, short))
 
     def reckoned(work: Work, wave: Sequence[Candidate], keyed: Callable[[Candidate], str]) -> Any:
         workers = Workers(min(processes, len(wave)))
@@ -126,21 +138,16 @@ def search(
         state = replace(state, outcomes=tuple(outcomes), glances=tuple(glances), seconds=seconds)
         save(state, task.cache)
         now = known(state, fleet)
-        wave = next_wave(now.points, state.wish, processes, everything=effort.everything)
-        if not wave or (seconds > 60 * effort.minutes and outcomes):
+        steps = next_steps(now.points, glances, state.wish, processes, everything=effort.everything)
+        if not steps or (seconds > 60 * effort.minutes and outcomes):
             return Found(state, now, choose(now.points, state.wish), fresh)
-        seen = {each.candidate.method for each in outcomes}
-        seen |= {each.candidate.method for each in glances}
-        new = [x for x in wave if x.method in GLANCED and x.method not in seen]
-        if new and state.wish.reference is not None:
+        new = [step.candidate for step in steps if step.shortly]
+        if new:
             for candidate in new:
                 progress(f"glance at {candidate.name}", 0, 1)
-            results = reckoned(glance, new, glance_key)
-            glances += [
-                Glance(candidate, float(result["accuracy"]))
-                for candidate, result in zip(new, results, strict=True)
-            ]
+            glances += map(glance_of, reckoned(glance, new, glance_key))
             continue
+        wave = [step.candidate for step in steps]
         for candidate in wave:
             progress(f"try {candidate.name}", 0, 1)
         results = reckoned(evaluate, wave, key)
@@ -170,16 +177,31 @@ def _begun(task: Task, wish: Wish, fixed: Mapping[str, Mapping[str, Setting]]) -
     )
 
 
-def next_wave(
-    points: Sequence[Point], wish: Wish, count: int, *, everything: bool = False
-) -> list[Candidate]:
-    """What to train next, at most so many; empty when the choice is settled.
+@dataclass(frozen=True)
+class Step:
+    """What to do next with a candidate.
 
-    Of each method first the strongest plan that could still be chosen: if it is not accurate
-    enough, no weaker one is tried. If it is, the one in the middle of those left.
+    Attributes:
+        shortly: Train it shortly and in float; else whole, quantized and measured.
+    """
+
+    candidate: Candidate
+    shortly: bool = False
+
+
+def next_steps(
+    points: Sequence[Point],
+    glances: Sequence[Glance],
+    wish: Wish,
+    count: int,
+    *,
+    everything: bool = False,
+) -> list[Step]:
+    """What to do next, at most so much; empty when the choice is settled.
 
     Args:
         points: All of a fleet, sketches and trained plans.
+        glances: Short trainings so far.
         wish: What is wanted.
         count: How many work at a time.
         everything: Go on when the choice is settled.
@@ -187,24 +209,43 @@ def next_wave(
     sketches = [point for point in points if not point.trained]
     alone = [point for point in sketches if point.candidate.method == "single"]
     if alone and not _has_single(points):
-        return [min(alone, key=wish.cost).candidate]
+        return [Step(min(alone, key=wish.cost).candidate)]
     left: Sequence[Point] = still_open(points, wish)
     if not left:
         rest = sorted(sketches, key=lambda point: (wish.cost(point), point.name))
-        return [point.candidate for point in rest[:count]] if everything else []
+        return [Step(point.candidate) for point in rest[:count]] if everything else []
     # What needs no training is nearly free, and tells most of the rest apart.
-    chosen = [point.candidate for point in left if point.candidate.method not in TRAINED]
-    accurate = {
-        point.candidate.method
-        for point in points
-        if point.trained and wish.allows(point, wish.against(points))
-    }
+    chosen = [Step(point.candidate) for point in left if point.candidate.method not in TRAINED]
     for method in TRAINED:
         own = [point for point in left if point.candidate.method == method]
-        own.sort(key=lambda point: (-point.strength, wish.cost(point), point.name))
         if own:
-            chosen.append(own[len(own) // 2 if method in accurate else 0].candidate)
+            own.sort(key=lambda point: (-point.strength, wish.cost(point), point.name))
+            chosen.append(_step(own, points, glances, wish))
     return chosen[:count]
+
+
+def _step(
+    own: Sequence[Point], points: Sequence[Point], glances: Sequence[Glance], wish: Wish
+) -> Step:
+    """What to do next with the plans of one method that may yet be chosen, the strongest first.
+
+    Where a method trains for long, short trainings halve its plans until the weakest promising one
+    is known, which is the quickest; that one is trained. If it is not accurate enough after all,
+    and where there are no short trainings, whole ones halve them.
+    """
+    method = own[0].candidate.method
+    trained = [x for x in points if x.trained and x.candidate.method == method]
+    accurate = any(wish.allows(x, wish.against(points)) for x in trained)
+    seen = {glance.candidate for glance in glances if glance.candidate.method == method}
+    if method not in GLANCED or wish.reference is None:
+        return Step(own[len(own) // 2 if accurate else 0].candidate)
+    if trained and not accurate:
+        return Step(own[len(own) // 2].candidate)
+    last = max((i for i, x in enumerate(own) if x.candidate in seen), default=-1)
+    unseen = own[last + 1 :]
+    if unseen:
+        return Step(unseen[len(unseen) // 2 if seen else 0].candidate, shortly=True)
+    return Step(own[last].candidate)
 
 
 def _has_single(points: Sequence[Point]) -> bool:

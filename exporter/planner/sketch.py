@@ -159,6 +159,19 @@ def sketch(candidate: Candidate, network: Network, fleet: Fleet) -> Sketch:
     return Sketch(plan, works, own_costs, slack, strength)
 
 
+def drawn_from(plan: Plan, graphs: Mapping[str, LayerGraph]) -> Sketch:
+    """The sketch of a plan whose shapes are final.
+
+    Args:
+        plan: Each of its pieces has one output.
+        graphs: Of all pieces.
+    """
+    made = {x.name: _made(graphs[x.name], x.name, x.outputs[0]) for x in plan.pieces}
+    costs = {name: piece.cost for name, piece in made.items()}
+    strength = float(sum(cost.weight_bytes for cost in costs.values()))
+    return Sketch(plan, {name: piece.work for name, piece in made.items()}, costs, 0.0, strength)
+
+
 @dataclass(frozen=True)
 class _Made:
     """One piece of a sketch: what it asks of its device, and what it does."""
