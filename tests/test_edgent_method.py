@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ from exporter.methods.edgent.cover import cover
 from exporter.methods.edgent.early import early_ways
 from exporter.methods.edgent.exits import add_exits
 from exporter.methods.edgent.layers import chains
-from exporter.methods.edgent.method import roles
+from exporter.methods.edgent.method import Edgent, roles
 from exporter.methods.edgent.options import EdgentOptions
 from exporter.methods.edgent.profile import (
     LatencyProfile,
@@ -56,6 +56,7 @@ from exporter.methods.edgent.profile import (
     LayerModel,
     save_profiles,
 )
+from exporter.methods.face import Design
 from exporter.training import TrainOptions
 
 FLEET = """shoal: 1
@@ -458,23 +459,83 @@ STATES = np.geomspace(1e4, 1e8, 20)
 SIZES = [{("d", "a"): 10}, {("d", "b"): 90}, {("s", "c"): 50}, {("s", "e"): 60}]
 
 
+def microcontrollers(home: Path, server_flash: str) -> Path:
+    path = home / "fleet.yaml"
+    path.write_text(
+        FLEET.replace("kind: pi-4", "kind: mcu").replace(
+            "kind: pc, tier", f"kind: mcu, flash: {server_flash}, tier"
+        )
+    )
+    return path
+
+
+def design(path: Path, data: DataSet, options: EdgentOptions) -> Design:
+    return Edgent().design(network(), data, load_fleet(path), options, quiet)
+
+
+def test_strategies_that_budgets_do_not_allow_are_left_out(data: DataSet, tmp_path: Path) -> None:
+    """A server with room for the code and little else: what fits there is kept."""
+    options = EdgentOptions(training=TrainOptions(epochs=1))
+
+    roomy = design(microcontrollers(tmp_path, "500 kB"), data, options)
+    tight = design(microcontrollers(tmp_path, "118 kB"), data, options)
+
+    def on_server(found: Design) -> set[str]:
+        return {piece.name for piece in found.pieces if piece.device == "server"}
+
+    assert on_server(tight) < on_server(roomy)
+    assert [piece for piece in tight.pieces if piece.device == "eye"]
+
+
+def test_a_strategy_that_there_is_not_is_refused_before_anything_is_trained(
+    data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.methods.edgent.method.train_exits", None)
+
+    with pytest.raises(DataError, match="no way is called e9-device"):
+        design(microcontrollers(tmp_path, "500 kB"), data, EdgentOptions(keep=("e9-device",)))
+
+
+def test_a_device_that_not_even_the_earliest_exit_fits_is_refused_before_anything_is_trained(
+    data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.methods.edgent.method.train_exits", None)
+    path = tmp_path / "fleet.yaml"
+    path.write_text(FLEET.replace("kind: pi-4", "kind: mcu, flash: 100 kB"))
+
+    with pytest.raises(PlanDoesNotFit, match=r"eye: device-e1 needs .* of flash"):
+        design(path, data, EdgentOptions())
+
+
+def within(**budgets: int) -> Callable[[Mapping[tuple[str, str], int]], bool]:
+    """Whether pieces keep to budgets in bytes."""
+
+    def fits(held: Mapping[tuple[str, str], int]) -> bool:
+        return all(
+            sum(size for (device, _), size in held.items() if device == name) <= most
+            for name, most in budgets.items()
+        )
+
+    return fits
+
+
 def test_cover_takes_what_serves_the_bandwidths_best_and_always_one_without_a_link() -> None:
-    assert cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 100}, count=1) == [0]
-    assert cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 100}, count=2) == [0, 2]
-    assert cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 110}, count=4) == [0, 1, 2, 3]
+    assert cover(COSTS, STATES, 1e3, SIZES, within(d=100, s=100), count=1) == [0]
+    assert cover(COSTS, STATES, 1e3, SIZES, within(d=100, s=100), count=2) == [0, 2]
+    assert cover(COSTS, STATES, 1e3, SIZES, within(d=100, s=110), count=4) == [0, 1, 2, 3]
 
 
 def test_cover_keeps_to_budgets_and_counts_a_shared_piece_once() -> None:
-    assert cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 40}, count=4) == [0, 1]
-    assert cover(COSTS, STATES, 1e3, SIZES, {"d": 99, "s": 109}, count=4) == [0, 2]
+    assert cover(COSTS, STATES, 1e3, SIZES, within(d=100, s=40), count=4) == [0, 1]
+    assert cover(COSTS, STATES, 1e3, SIZES, within(d=99, s=109), count=4) == [0, 2]
     shared = [SIZES[0], SIZES[1], {("s", "c"): 50}, {("s", "c"): 50}]
-    assert cover(COSTS, STATES, 1e3, shared, {"d": 10, "s": 50}, count=4) == [0, 2, 3]
-    kept = cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 60}, count=1, always=[3])
+    assert cover(COSTS, STATES, 1e3, shared, within(d=10, s=50), count=4) == [0, 2, 3]
+    kept = cover(COSTS, STATES, 1e3, SIZES, within(d=100, s=60), count=1, always=[3])
     assert kept == [0, 3]
     with pytest.raises(PlanDoesNotFit, match=r"in any case does not fit: e on s"):
-        cover(COSTS, STATES, 1e3, SIZES, {"d": 100, "s": 50}, count=1, always=[3])
-    with pytest.raises(PlanDoesNotFit, match="smallest needs 10 B"):
-        cover(COSTS, STATES, 1e3, SIZES, {"d": 5, "s": 100}, count=4)
+        cover(COSTS, STATES, 1e3, SIZES, within(d=100, s=50), count=1, always=[3])
+    with pytest.raises(PlanDoesNotFit, match="no exit fits the device whole"):
+        cover(COSTS, STATES, 1e3, SIZES, within(d=5, s=100), count=4)
 
 
 def test_options_say_everything_that_is_wrong() -> None:

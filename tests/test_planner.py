@@ -296,7 +296,12 @@ def test_short_trainings_look_for_the_weakest_promising_plan_and_that_one_is_tra
     widths = {x.candidate: i for i, x in enumerate(points)}
     glances: list[Glance] = []
     seen = []
-    while (step := next_steps(without_hope(points, glances, WISH), glances, WISH, 1)[0]).shortly:
+
+    def step_after() -> Step:
+        marked = without_hope(points, glances, WISH)
+        return next_steps(marked, glances, WISH, 1, glanced={"lcp"})[0]
+
+    while (step := step_after()).shortly:
         seen.append(widths[step.candidate])
         glances.append(Glance(step.candidate, {"lcp": 0.95 if seen[-1] >= 3 else 0.5}))
 
@@ -310,9 +315,16 @@ def test_where_the_weakest_promising_plan_fails_stronger_ones_are_trained_whole(
     points[2] = replace(points[2], trained=True, accuracy=0.9)
     glances = [Glance(points[i].candidate, {"lcp": 0.95}) for i in (2, 5)]
 
-    assert next_steps(without_hope(points, glances, WISH), glances, WISH, 1) == [
-        Step(points[4].candidate)
-    ]
+    marked = without_hope(points, glances, WISH)
+
+    assert next_steps(marked, glances, WISH, 1, glanced={"lcp"}) == [Step(points[4].candidate)]
+
+
+def test_the_method_whose_strongest_plan_is_the_quickest_comes_first():
+    points = [point("single", 9.0, 0.98), point("lcp", 5.0, strength=3.0)]
+    points += [point("lcp", 1.0, strength=1.0), point("nonn", 4.0)]
+
+    assert next_steps(points, (), WISH, 2) == [Step(points[3].candidate), Step(points[1].candidate)]
 
 
 def test_early_exits_that_a_short_training_shows_to_be_poor_bound_nothing():

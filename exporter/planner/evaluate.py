@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tempfile
 import time
 import zipfile
@@ -150,7 +151,21 @@ def evaluate(task: Task, candidate: Candidate) -> Arrays:
 
 
 GLANCED = {"lcp": 5, "nonn": 10, "ddnn": 16, "edgent": 4}
-"""Epochs of a short training, of methods that have such."""
+"""Epochs of a short training, of methods that train for long."""
+GLANCE_STEPS = 1_000
+"""A shorter training says too little of what a whole one reaches."""
+GLANCE_SHARE = 1 / 3
+"""Of the whole training's epochs: what takes longer is no glance."""
+
+
+def glance_epochs(task: Task, candidate: Candidate) -> int | None:
+    """Epochs of a candidate's short training; None: it has none, or none that is short."""
+    if candidate.method not in GLANCED:
+        return None
+    training = options_of(task, candidate).training
+    an_epoch = max(1, len(inputs_of(task).data.train) // training.batch)
+    epochs = max(GLANCED[candidate.method], math.ceil(GLANCE_STEPS / an_epoch))
+    return epochs if epochs <= GLANCE_SHARE * training.epochs else None
 
 
 def glance(task: Task, candidate: Candidate) -> Arrays:
@@ -168,7 +183,7 @@ def make_glance(task: Task, candidate: Candidate) -> Glance:
     inputs = inputs_of(task)
     fleet, method = candidate.fleet(inputs.fleet), candidate.method
     base = None if method in pipeline.OWN_NETWORK else inputs.base
-    options = options_of(task, short(candidate))
+    options = options_of(task, short(task, candidate))
     try:
         design, settled = pipeline.in_float(
             base, inputs.data, fleet, inputs.judge, method=method, options=options
@@ -191,13 +206,17 @@ def glance_of(result: Mapping[str, NDArray[Any]]) -> Glance:
     return Glance.from_json(json.loads(result["told"].tobytes()))
 
 
-def short(candidate: Candidate) -> Candidate:
-    """The candidate with the epochs of a short training: a quarter of the user's at the most."""
-    epochs = GLANCED[candidate.method]
-    given = dict(candidate.settings)
-    own = given.get("epochs")
-    given["epochs"] = min(epochs, max(1, own // 4)) if isinstance(own, int) else epochs
-    return Candidate(candidate.method, candidate.devices, tuple(sorted(given.items())))
+def short(task: Task, candidate: Candidate) -> Candidate:
+    """The candidate, trained for the epochs of a glance.
+
+    Raises:
+        ValueError: it has no glance.
+    """
+    epochs = glance_epochs(task, candidate)
+    if epochs is None:
+        raise ValueError(f"{candidate.name} has no short training")
+    settings = {**dict(candidate.settings), "epochs": epochs}
+    return replace(candidate, settings=tuple(sorted(settings.items())))
 
 
 def outcome_of(result: Mapping[str, NDArray[Any]]) -> Outcome:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,10 +28,10 @@ from exporter.surgery import without_softmax
 from .candidates import TRAINED, Candidate, Setting
 from .choice import Choice, Wish, choose, still_open
 from .evaluate import (
-    GLANCED,
     Task,
     evaluate,
     glance,
+    glance_epochs,
     glance_of,
     inputs_of,
     make_glance,
@@ -130,6 +130,12 @@ def search(
         return map_cached(work, task, wave, keyed, cache=cache, workers=workers)
 
     kept = [cache.read(key(candidate)) for candidate in state.space(fleet)]
+    # Without the model's accuracy nothing is far from accurate enough.
+    glanced = {
+        candidate.method
+        for candidate in state.space(fleet)
+        if state.wish.reference is not None and glance_epochs(task, candidate) is not None
+    }
     outcomes = [outcome_of(result) for result in kept if result is not None]
     glances: list[Glance] = []
     fresh = 0
@@ -138,7 +144,14 @@ def search(
         state = replace(state, outcomes=tuple(outcomes), glances=tuple(glances), seconds=seconds)
         save(state, task.cache)
         now = known(state, fleet)
-        steps = next_steps(now.points, glances, state.wish, processes, everything=effort.everything)
+        steps = next_steps(
+            now.points,
+            glances,
+            state.wish,
+            processes,
+            glanced=glanced,
+            everything=effort.everything,
+        )
         if not steps or (seconds > 60 * effort.minutes and outcomes):
             return Found(state, now, choose(now.points, state.wish), fresh)
         new = [step.candidate for step in steps if step.shortly]
@@ -195,6 +208,7 @@ def next_steps(
     wish: Wish,
     count: int,
     *,
+    glanced: Collection[str] = (),
     everything: bool = False,
 ) -> list[Step]:
     """What to do next, at most so much; empty when the choice is settled.
@@ -204,6 +218,7 @@ def next_steps(
         glances: Short trainings so far.
         wish: What is wanted.
         count: How many work at a time.
+        glanced: Methods that have short trainings.
         everything: Go on when the choice is settled.
     """
     sketches = [point for point in points if not point.trained]
@@ -216,16 +231,24 @@ def next_steps(
         return [Step(point.candidate) for point in rest[:count]] if everything else []
     # What needs no training is nearly free, and tells most of the rest apart.
     chosen = [Step(point.candidate) for point in left if point.candidate.method not in TRAINED]
+    families = []
     for method in TRAINED:
         own = [point for point in left if point.candidate.method == method]
+        own.sort(key=lambda point: (-point.strength, wish.cost(point), point.name))
         if own:
-            own.sort(key=lambda point: (-point.strength, wish.cost(point), point.name))
-            chosen.append(_step(own, points, glances, wish))
+            families.append(own)
+    # First the one whose strongest plan is the quickest: it closes most of the others.
+    families.sort(key=lambda own: wish.cost(own[0]))
+    chosen += [_step(own, points, glances, wish, glanced) for own in families]
     return chosen[:count]
 
 
 def _step(
-    own: Sequence[Point], points: Sequence[Point], glances: Sequence[Glance], wish: Wish
+    own: Sequence[Point],
+    points: Sequence[Point],
+    glances: Sequence[Glance],
+    wish: Wish,
+    glanced: Collection[str],
 ) -> Step:
     """What to do next with the plans of one method that may yet be chosen, the strongest first.
 
@@ -237,7 +260,7 @@ def _step(
     trained = [x for x in points if x.trained and x.candidate.method == method]
     accurate = any(wish.allows(x, wish.against(points)) for x in trained)
     seen = {glance.candidate for glance in glances if glance.candidate.method == method}
-    if method not in GLANCED or wish.reference is None:
+    if method not in glanced:
         return Step(own[len(own) // 2 if accurate else 0].candidate)
     if trained and not accurate:
         return Step(own[len(own) // 2].candidate)

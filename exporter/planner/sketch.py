@@ -33,12 +33,12 @@ from exporter.channels import ChannelMap, channel_map, kept_graph
 from exporter.cost import BUDGET_RULES, Numbers, PieceCost, check_budgets, piece_cost, refuse
 from exporter.cost.shapes import graph_of, wide_resnet
 from exporter.cost.work import LayerWork, PieceWork, Sent, work_of
-from exporter.graph import Flow, LayerGraph
+from exporter.graph import LayerGraph
 from exporter.methods.branches.settle import branch_plan
 from exporter.methods.ddnn.options import DdnnOptions
 from exporter.methods.ddnn.tiers import PieceNames, layout, strategy
 from exporter.methods.edgent.exits import places_by_macs
-from exporter.methods.edgent.layers import chains
+from exporter.methods.edgent.layers import behind, chains, until
 from exporter.methods.edgent.method import roles
 from exporter.methods.edgent.options import EdgentOptions
 from exporter.methods.layerwise.cut import divide, part_graph, plan_of
@@ -415,7 +415,7 @@ def _edgent(candidate: Candidate, network: Network, fleet: Fleet) -> tuple[Plan,
     device, server = roles(fleet)
     graph = network.base
     places = places_by_macs(graph, EdgentOptions().shares[:1])
-    trunk = _until(graph, places[0])
+    trunk = until(graph, places[0])
     (chain,) = chains(trunk)
     cuts = [work.name for work in chain.layers[:-1] if work.output_elements is not None]
     classes = (len(network.classes),)
@@ -460,8 +460,8 @@ def _edgent(candidate: Candidate, network: Network, fleet: Fleet) -> tuple[Plan,
         ],
     )
     for number, cut in enumerate(cuts):
-        front = _made(_until(trunk, cut), f"front-{number}", Output.FEATURES)
-        rest = scored(_made(_behind(trunk, cut), f"rest-{number}"))
+        front = _made(until(trunk, cut), f"front-{number}", Output.FEATURES)
+        rest = scored(_made(behind(trunk, cut), f"rest-{number}"))
         add(
             f"cut-{number}",
             [
@@ -476,41 +476,6 @@ def _edgent(candidate: Candidate, network: Network, fleet: Fleet) -> tuple[Plan,
         strategies=tuple(ways),
     )
     return plan, pieces, GUESSED
-
-
-def _until(graph: LayerGraph, name: str) -> LayerGraph:
-    """The layers that one layer needs, itself included."""
-    needed = {name}
-    for layer in reversed(graph.layers):
-        if layer.name in needed:
-            needed.update(layer.inputs)
-    layers = tuple(layer for layer in graph.layers if layer.name in needed)
-    return replace(graph, layers=layers, outputs=(name,))
-
-
-def _behind(graph: LayerGraph, name: str) -> LayerGraph:
-    """The layers behind one across which a single tensor goes."""
-    needed = {layer.name for layer in _until(graph, name).layers}
-    rest = [layer for layer in graph.layers if layer.name not in needed]
-    cut = graph.layer(name)
-    entry = replace(
-        cut,
-        op="InputLayer",
-        inputs=(),
-        flow=Flow.SOURCE,
-        macs=0,
-        parameters=0,
-        inference_parameters=0,
-        kernel_parameters=0,
-        weight_shapes=(),
-        in_place=False,
-    )
-    known = {entry.name, *(layer.name for layer in rest)}
-    layers = [
-        replace(layer, inputs=tuple(x if x in known else name for x in layer.inputs))
-        for layer in rest
-    ]
-    return replace(graph, layers=(entry, *layers), inputs=(name,))
 
 
 def _ddnn(candidate: Candidate, network: Network, fleet: Fleet) -> tuple[Plan, _Pieces, float]:

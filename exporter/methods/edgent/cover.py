@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +13,15 @@ from agent.protocol.errors import PlanDoesNotFit
 
 SHORTER = (0.25, 0.5, 1.0)
 """Shares of the latency required for which accuracy counts."""
-Sizes = Mapping[tuple[str, str], int]
-"""(device, piece) -> bytes, of all that one way needs."""
+Cost = TypeVar("Cost")
 
 
 def cover(
     table: CostTable,
     states: NDArray[np.float64],
     limit_ms: float,
-    sizes: Sequence[Sizes],
-    budgets: Mapping[str, int],
+    costs: Sequence[Mapping[tuple[str, str], Cost]],
+    fits: Callable[[Mapping[tuple[str, str], Cost]], bool],
     *,
     count: int,
     always: Sequence[int] = (),
@@ -39,8 +39,8 @@ def cover(
         table: Of all ways.
         states: (B,) bits/s, each counts the same.
         limit_ms: The latency required.
-        sizes: Of each way.
-        budgets: Bytes by device.
+        costs: Of each way: (device, piece) -> what that piece needs there.
+        fits: Whether devices can hold these pieces together.
         count: Most ways.
         always: Positions that are taken first, beside the first.
 
@@ -57,34 +57,29 @@ def cover(
     worth = np.concatenate([shares, np.concatenate(in_time) / len(SHORTER)])
     latency = latencies.mean(axis=0)
     chosen: list[int] = []
-    held: dict[tuple[str, str], int] = {}
+    held: dict[tuple[str, str], Cost] = {}
 
-    def fits(way: int) -> bool:
-        together = {**held, **sizes[way]}
-        used: dict[str, int] = {}
-        for (device, _), size in together.items():
-            used[device] = used.get(device, 0) + size
-        return all(used[device] <= budgets[device] for device in used)
+    def joins(way: int) -> bool:
+        return fits({**held, **costs[way]})
 
     silent = [int(i) for i in np.flatnonzero(table.sent_bits == 0)]
-    alone = [i for i in silent if fits(i)]
+    alone = [i for i in silent if joins(i)]
     if not alone:
-        smallest = min((sum(sizes[i].values()) for i in silent), default=0)
         raise PlanDoesNotFit(
-            f"no exit fits the device whole: the smallest needs {smallest} B of weights",
+            "no exit fits the device whole",
             "attach an earlier exit (--exit-share 0.1), or give the device more memory",
         )
     best = np.full(len(worth), -1.0)
     while len(chosen) < max(count, len(always) + 1):
         wanted = [i for i in always if i not in chosen]
-        if wanted and not fits(wanted[0]):
-            pieces = ", ".join(f"{piece} on {device}" for device, piece in sizes[wanted[0]])
+        if wanted and not joins(wanted[0]):
+            pieces = ", ".join(f"{piece} on {device}" for device, piece in costs[wanted[0]])
             raise PlanDoesNotFit(
                 f"what shall be kept in any case does not fit: {pieces}",
                 "keep fewer strategies, or give the devices more memory",
             )
         allowed = range(len(table)) if set(chosen) & set(silent) else alone
-        candidates = wanted[:1] or [i for i in allowed if i not in chosen and fits(i)]
+        candidates = wanted[:1] or [i for i in allowed if i not in chosen and joins(i)]
         if not candidates:
             break
         gains = [float(np.maximum(worth[:, i] - best, 0).mean()) for i in candidates]
@@ -93,6 +88,6 @@ def cover(
         order = sorted(range(len(candidates)), key=lambda j: (-gains[j], latency[candidates[j]]))
         way = candidates[order[0]]
         chosen.append(way)
-        held.update(sizes[way])
+        held.update(costs[way])
         best = np.maximum(best, worth[:, way])
     return sorted(chosen)

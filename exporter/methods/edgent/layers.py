@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from agent.protocol.errors import UnsupportedLayer
-from exporter.graph import Layer, LayerGraph
+from exporter.graph import Flow, Layer, LayerGraph
 
 KIND_OF_OP = {
     "Conv2D": "conv",
@@ -104,6 +104,41 @@ def chains(graph: LayerGraph, *, fused: bool = True) -> tuple[Chain, ...]:
             "join the inputs in front of the network",
         )
     return tuple(_chain(graph, output, fused) for output in graph.outputs)
+
+
+def until(graph: LayerGraph, name: str) -> LayerGraph:
+    """The layers that one layer needs, itself included."""
+    needed = {name}
+    for layer in reversed(graph.layers):
+        if layer.name in needed:
+            needed.update(layer.inputs)
+    layers = tuple(layer for layer in graph.layers if layer.name in needed)
+    return replace(graph, layers=layers, outputs=(name,))
+
+
+def behind(graph: LayerGraph, name: str) -> LayerGraph:
+    """The layers behind one across which a single tensor goes."""
+    needed = {layer.name for layer in until(graph, name).layers}
+    rest = [layer for layer in graph.layers if layer.name not in needed]
+    cut = graph.layer(name)
+    entry = replace(
+        cut,
+        op="InputLayer",
+        inputs=(),
+        flow=Flow.SOURCE,
+        macs=0,
+        parameters=0,
+        inference_parameters=0,
+        kernel_parameters=0,
+        weight_shapes=(),
+        in_place=False,
+    )
+    known = {entry.name, *(layer.name for layer in rest)}
+    layers = [
+        replace(layer, inputs=tuple(x if x in known else name for x in layer.inputs))
+        for layer in rest
+    ]
+    return replace(graph, layers=(entry, *layers), inputs=(name,))
 
 
 def _chain(graph: LayerGraph, output: str, fused: bool) -> Chain:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,8 +28,9 @@ from agent.protocol.plan import (
     Strategy,
     StrategyCost,
 )
+from exporter.cost import Numbers, PieceCost, check_budgets, piece_cost, refuse
 from exporter.data import DataSet
-from exporter.graph import layer_graph
+from exporter.graph import LayerGraph, layer_graph
 from exporter.methods.branches import feature_message_bytes
 from exporter.methods.edgent.cover import cover
 from exporter.methods.edgent.early import EarlyWay, answered, early_ways, settled
@@ -39,7 +41,7 @@ from exporter.methods.edgent.exits import (
     places_by_macs,
     train_exits,
 )
-from exporter.methods.edgent.layers import Chain, chains
+from exporter.methods.edgent.layers import behind, chains, until
 from exporter.methods.edgent.options import EdgentOptions
 from exporter.methods.edgent.profile import DEMONSTRATION, LatencyProfile
 from exporter.methods.edgent.search import Way, cost_table, ways
@@ -91,7 +93,8 @@ class Edgent:
         A model with several outputs has its exits, trained, and is taken as it is.
 
         Raises:
-            PlanDoesNotFit: not even the earliest exit fits the device.
+            PlanDoesNotFit: not even the earliest exit fits the device, or not all that shall be
+                kept in any case.
             ShoalError: a fleet that is not one device and one server, a model that cannot be cut.
         """
         start_tensorflow()
@@ -99,40 +102,51 @@ class Edgent:
 
         device, server = roles(fleet)
         keras.utils.set_random_seed(options.seed)
-        branchy = base if len(base.outputs) > 1 else self._with_exits(base, data, options, progress)
-        held = data.inputs(data.held_out.frames)
-        accuracies = (exit_logits(branchy, held).argmax(-1) == data.held_out.labels).mean(axis=1)
-        found_chains = chains(layer_graph(branchy))
+        trained = len(base.outputs) > 1
+        branchy = base if trained else _with_exits(base, options)
+        graph = layer_graph(branchy)
+        found_chains = chains(graph)
         device_profile, server_profile = profiles_of(device, server, options)
-        link = fleet.link_of(device)
-        found = ways(
-            found_chains,
-            list(map(float, accuracies)),
-            device_profile,
-            server_profile,
-            directions=options.directions,
-            load_ms=(device_profile.piece_ms, server_profile.piece_ms),
-        )
-        limit_ms = fleet.deadline_ms if options.limit_ms is None else options.limit_ms
-        table = cost_table(found, link.latency_ms)
-        states = np.geomspace(options.lowest_bits_per_s, options.highest_bits_per_s, STATES)
-        kept_names = strategy_names(found)
-        if unknown := sorted(set(options.keep) - set(kept_names)):
+
+        def all_ways(accuracies: Sequence[float]) -> list[Way]:
+            return ways(
+                found_chains,
+                accuracies,
+                device_profile,
+                server_profile,
+                directions=options.directions,
+                load_ms=(device_profile.piece_ms, server_profile.piece_ms),
+            )
+
+        found = all_ways([0.0] * len(found_chains))
+        names = strategy_names(found)
+        if unknown := sorted(set(options.keep) - set(names)):
             raise DataError(
-                f"no way is called {', '.join(unknown)}", f"there are: {', '.join(kept_names)}"
+                f"no way is called {', '.join(unknown)}", f"there are: {', '.join(names)}"
             )
         stages = [stages_of(way, found_chains[way.exit - 1], device.id, server.id) for way in found]
+        needs = [{(x.device, x.piece): _stage_cost(x, graph) for x in row} for row in stages]
+        alone = [need for way, need in zip(found, needs, strict=True) if way.device_only]
+        smallest = min(alone, key=lambda need: sum(x.file_bytes for x in need.values()))
+        refuse(
+            check_budgets({device.id: list(smallest.values())}, fleet),
+            "attach an earlier exit (--exit-share 0.1), or give the device more memory",
+        )
+        if not trained:
+            _train(branchy, data, options, progress)
+        held = data.inputs(data.held_out.frames)
+        accuracies = (exit_logits(branchy, held).argmax(-1) == data.held_out.labels).mean(axis=1)
+        found = all_ways(list(map(float, accuracies)))
+        link = fleet.link_of(device)
+        limit_ms = fleet.deadline_ms if options.limit_ms is None else options.limit_ms
         chosen = cover(
-            table,
-            states,
+            cost_table(found, link.latency_ms),
+            np.geomspace(options.lowest_bits_per_s, options.highest_bits_per_s, STATES),
             limit_ms,
-            [
-                _sizes(row, found_chains[way.exit - 1])
-                for way, row in zip(found, stages, strict=True)
-            ],
-            {x.id: x.flash_bytes or x.memory_bytes for x in (device, server)},
+            needs,
+            lambda held: not check_budgets(_by_device(held), fleet),
             count=options.strategies,
-            always=[i for i, name in enumerate(kept_names) if name in options.keep],
+            always=[i for i, name in enumerate(names) if name in options.keep],
         )
         kept = tuple(stages[i] for i in chosen)
         early: tuple[EarlyWay, ...] = ()
@@ -151,24 +165,6 @@ class Edgent:
             early=early,
         )
         return Design(pieces=pieces, facts=facts)
-
-    def _with_exits(
-        self, base: keras.Model, data: DataSet, options: EdgentOptions, progress: Progress
-    ) -> keras.Model:
-        """The model with exits, all trained together."""
-        base = without_softmax(base)
-        graph = layer_graph(base)
-        branchy = add_exits(base, options.exits or places_by_macs(graph, options.shares))
-        checkpoint = None if options.cache is None else Checkpoint(options.cache / "edgent")
-        train_exits(
-            branchy,
-            data,
-            options.training,
-            weights=options.weights,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
-        return branchy
 
     def settle(
         self, design: Design, data: DataSet, fleet: Fleet, options: EdgentOptions, run: RunPiece
@@ -313,15 +309,40 @@ def profiles_of(
     return options.profiles.of(device.kind.value), options.profiles.of(server.kind.value)
 
 
-def _sizes(row: Sequence[Stage], chain: Chain) -> dict[tuple[str, str], int]:
-    """Weights of each piece in bytes as int8, of biases four."""
-    position = {work.name: i for i, work in enumerate(chain.layers)}
-    sizes = {}
-    for stage in row:
-        begin = 0 if stage.behind is None else position[stage.behind] + 1
-        end = 0 if stage.until is None else position[stage.until] + 1
-        sizes[stage.device, stage.piece] = int(sum(w.features[5] for w in chain.layers[begin:end]))
-    return sizes
+def _with_exits(base: keras.Model, options: EdgentOptions) -> keras.Model:
+    """The model with exits that are not trained yet."""
+    base = without_softmax(base)
+    return add_exits(base, options.exits or places_by_macs(layer_graph(base), options.shares))
+
+
+def _train(branchy: keras.Model, data: DataSet, options: EdgentOptions, progress: Progress) -> None:
+    """Train all exits together."""
+    train_exits(
+        branchy,
+        data,
+        options.training,
+        weights=options.weights,
+        checkpoint=None if options.cache is None else Checkpoint(options.cache / "edgent"),
+        progress=progress,
+    )
+
+
+def _stage_cost(stage: Stage, graph: LayerGraph) -> PieceCost:
+    """What a stage asks of its device as int8, estimated."""
+    if stage.until is None:
+        size = prod(graph.layer(graph.inputs[0]).output_shape)
+        return PieceCost(stage.piece, 0, 0, 0, 2 * size)
+    part = until(graph, stage.until)
+    if stage.behind is not None:
+        part = behind(part, stage.behind)
+    return piece_cost(part, Numbers.INT8, name=stage.piece)
+
+
+def _by_device(costs: Mapping[tuple[str, str], PieceCost]) -> dict[str, list[PieceCost]]:
+    found: dict[str, list[PieceCost]] = {}
+    for (device, _), cost in costs.items():
+        found.setdefault(device, []).append(cost)
+    return found
 
 
 def _pieces(
