@@ -30,9 +30,9 @@ from agent.protocol.messages import (
     encode_text,
     prepare_decisions,
 )
-from agent.protocol.plan import FRAME
+from agent.protocol.plan import FRAME, Node
 from agent.protocol.topics import Topics
-from agent.traffic import Tally, Traffic
+from agent.traffic import DeviceTraffic, Tally, Traffic
 
 CONNECT_TIMEOUT_S = 10.0
 ONLINE_TIMEOUT_S = 2.0
@@ -81,6 +81,11 @@ class Pending:
         All that led to the decision is in it by then; what comes later still counts.
         """
         return self._asker.traffic_of(self)
+
+    @property
+    def sent(self) -> tuple[DeviceTraffic, ...]:
+        """The same by device."""
+        return self._asker.sent_for(self)
 
     @property
     def done(self) -> bool:
@@ -162,8 +167,8 @@ class Asker:
         prepare_decisions()
         self._link = Link(address, client_id, on_fault=self._on_fault)
         self._link.subscribe(self._topics.decision, self._on_decision)
-        self._tiers: dict[tuple[int, int | None], int] = {
-            (i, number): node.tier
+        self._senders: dict[tuple[int, int | None], Node] = {
+            (i, number): node
             for i, strategy in enumerate(manifest.plan.strategies)
             for number, node in enumerate(strategy.nodes)
         }
@@ -326,6 +331,11 @@ class Asker:
         with self._lock:
             return pending.tally.rows()
 
+    def sent_for(self, pending: Pending) -> tuple[DeviceTraffic, ...]:
+        """See `Pending.sent`."""
+        with self._lock:
+            return pending.tally.devices()
+
     def no_decision(self, request: str, timeout_s: float) -> DeviceUnreachable:
         """The error for a request that nobody decided."""
         device = self._aggregator(0)
@@ -407,9 +417,9 @@ class Asker:
         header = message.header
         with self._lock:
             tally = None if self._measured is None else self._measured.get(header.request)
-            tier = self._tiers.get((header.strategy, header.node))
-            if tally is not None and tier is not None and header.plan == self._plan:
-                tally.add(tier, message, len(payload))
+            node = self._senders.get((header.strategy, header.node))
+            if tally is not None and node is not None and header.plan == self._plan:
+                tally.add(node.tier, message, len(payload), node.device)
 
     def _on_decision(self, topic: str, payload: bytes) -> None:
         try:

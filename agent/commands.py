@@ -14,6 +14,7 @@ import click
 if TYPE_CHECKING:
     import threading
 
+    from agent.protocol.measured import Run, Spread
     from agent.protocol.messages import DeviceInfo
 
 DEFAULT_BUNDLE = Path("bundle")
@@ -394,6 +395,125 @@ def infer(
         lines.insert(1, f"missing: {', '.join(decision.missing)}")
     for line in lines:
         talk(printable(line))
+
+
+@click.command()
+@click.argument("data", metavar="[DATA]", required=False)
+@bundle_option
+@broker_option
+@click.option(
+    "--requests",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1, 100_000),
+    metavar="N",
+    help="How many, one after the other, evenly over the samples.",
+)
+@click.option("--trigger", is_flag=True, help="Send no frames: every device reads its own sensor.")
+@click.option(
+    "--deadline",
+    "deadline_ms",
+    type=click.IntRange(min=1),
+    metavar="MS",
+    help="Milliseconds that the fleet has; by default the fleet file's deadline.",
+)
+@json_option
+def measure(
+    data: str | None,
+    bundle: Path,
+    broker: tuple[str, int] | None,
+    requests: int,
+    trigger: bool,
+    deadline_ms: int | None,
+    as_json: bool,
+) -> None:
+    """Ask a running fleet many times: latency, bytes, accuracy, memory; kept in the bundle.
+
+    DATA is the .npz file that the bundle was exported from (its test samples are taken), or a .npy
+    file of frames. `shoal report` then shows predictions beside what is measured here.
+    """
+    if data is None and not trigger:
+        raise click.UsageError("give DATA, or --trigger")
+    from agent.console import print_json, talk
+    from agent.measure import measure as measured
+    from agent.measure import read_samples
+    from agent.protocol.measured import keep_run
+    from agent.target import open_target
+
+    _quiet()
+    target = open_target(bundle, None, broker)
+    assert target.manifest is not None
+    samples = read_samples(data, target.manifest, target.fleet, requests, trigger=trigger)
+    talk(f"asking {requests} times, then hearing what the agents hold ...")
+    run = measured(target.manifest, target.fleet, target.broker, samples, deadline_ms=deadline_ms)
+    path = keep_run(bundle, run)
+    if as_json:
+        print_json(run.model_dump(mode="json"))
+    else:
+        _print_run(run)
+        talk(f"kept in {path}; predictions beside it: shoal report {bundle}")
+
+
+def _print_run(run: Run) -> None:
+    """The tables of what was measured."""
+    from agent.console import print_table
+    from agent.protocol.units import format_bytes
+
+    def spread(latency: Spread) -> dict[str, str]:
+        return {
+            "p50": f"{latency.p50_ms:.2f} ms",
+            "mean": f"{latency.mean_ms:.2f} ms",
+            "p90": f"{latency.p90_ms:.2f} ms",
+            "p99": f"{latency.p99_ms:.2f} ms",
+        }
+
+    where = "all of it on one machine" if run.one_machine else f"broker {run.broker}"
+    click.echo(f"Measured by {run.machine}, {where}, on {run.samples}:")
+    doubts = f"{run.incomplete} without some node, {run.unknown} don't know"
+    click.echo(f"  decisions  {run.decisions} of {run.requests} requests ({doubts})")
+    if run.accuracy is not None:
+        click.echo(
+            f"  accuracy   {run.accuracy * 100:.2f} %, {run.right} of {run.labelled}"
+            + ("" if run.held_out else "; training may have seen some")
+        )
+    print_table(
+        ("decided by", "decisions", "p50", "mean", "p90", "p99"),
+        [
+            {
+                "decided by": f"{way.strategy}, tier {way.tier}",
+                "decisions": way.decisions,
+                **spread(way.latency),
+            }
+            for way in run.ways
+        ],
+        right=("decisions", "p50", "mean", "p90", "p99"),
+        title="From a request to its decision",
+    )
+    rows = {
+        agent.device: {
+            "device": agent.device,
+            "runtime": agent.runtime,
+            "stands in": "yes" if agent.simulated else "no",
+            "memory": None if agent.memory_bytes is None else format_bytes(agent.memory_bytes),
+        }
+        for agent in run.agents
+    }
+    for device in dict.fromkeys(row.device for way in run.ways for row in way.sent):
+        own = [(way.decisions, row) for way in run.ways for row in way.sent if row.device == device]
+        kinds: dict[str, float] = {}
+        for decisions, row in own:
+            share = row.payload_bytes * decisions / run.decisions
+            kinds[row.kind] = kinds.get(row.kind, 0.0) + share
+        name = "(who asks)" if device is None else device
+        rows.setdefault(name, {"device": name})["sends a decision"] = ", ".join(
+            f"{kind} {format_bytes(round(size))}" for kind, size in kinds.items()
+        )
+    print_table(
+        ("device", "runtime", "stands in", "sends a decision", "memory"),
+        list(rows.values()),
+        right=("memory",),
+        title="Agents: payload they publish, memory of their processes",
+    )
 
 
 @click.command()

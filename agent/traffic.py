@@ -41,18 +41,42 @@ class Traffic:
     content_bytes: int
 
 
+@dataclass(frozen=True)
+class DeviceTraffic:
+    """Messages of one kind that one device sent for one request; None: who asked."""
+
+    device: str | None
+    kind: str
+    messages: int
+    payload_bytes: int
+
+
 class Tally:
     """Counts the messages of one request. Not safe for several threads at a time."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[int | None, MessageKind], list[int]] = {}
+        self._devices: dict[tuple[str | None, MessageKind], list[int]] = {}
 
-    def add(self, tier: int | None, message: Message, payload_bytes: int) -> None:
-        """Count one message that a node of a tier sent; None: whoever asked."""
+    def add(
+        self, tier: int | None, message: Message, payload_bytes: int, device: str | None = None
+    ) -> None:
+        """Count one message that a device's node of a tier sent; None: whoever asked."""
         row = self._rows.setdefault((tier, message.kind), [0, 0, 0])
         row[0] += 1
         row[1] += payload_bytes
         row[2] += content_bytes(message, payload_bytes)
+        own = self._devices.setdefault((device, message.kind), [0, 0])
+        own[0] += 1
+        own[1] += payload_bytes
+
+    def devices(self) -> tuple[DeviceTraffic, ...]:
+        """What was counted so far of each device, the request first."""
+        keys = sorted(self._devices, key=lambda key: (key[0] is not None, key[0] or "", key[1]))
+        return tuple(
+            DeviceTraffic(device, kind.name.lower(), *self._devices[device, kind])
+            for device, kind in keys
+        )
 
     def rows(self) -> tuple[Traffic, ...]:
         """What was counted so far, lowest tier first, the request before all."""

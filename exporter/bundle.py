@@ -28,6 +28,7 @@ from agent.protocol.manifest import (
     plan_id,
     write_manifest,
 )
+from agent.protocol.measured import FILE_NAME as MEASURED
 from agent.protocol.plan import Plan
 from exporter.codegen import generate, prefix_of
 from exporter.codegen.forms import FORMS
@@ -97,7 +98,7 @@ def _foreign(folder: Path) -> list[str]:
     try:
         index = json.loads((folder / FILE_NAME).read_bytes())
         homes = {entry["model"]["path"].split("/")[0] for entry in index["pieces"]}
-        own = {FILE_NAME, FLEET_COPY, REPORT_DATA, REPORT_PAGE} | homes
+        own = {FILE_NAME, FLEET_COPY, REPORT_DATA, REPORT_PAGE, MEASURED} | homes
         if not index["plan_id"]:
             own = set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

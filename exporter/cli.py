@@ -291,17 +291,39 @@ def export(
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--platform",
+    "named",
+    multiple=True,
+    metavar="DEVICE=PLATFORM",
+    help="What a device is, for what is predicted beside what `shoal measure` found: a "
+    "platform's name or a .yaml file. By default its kind says.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def report(bundle: Path, as_json: bool) -> None:
-    """Draw a bundle's report.html anew and print its figures."""
-    from agent.protocol.manifest import read_manifest
-    from exporter.report import rewrite_report
+def report(bundle: Path, named: tuple[str, ...], as_json: bool) -> None:
+    """Draw a bundle's report.html anew and print its figures.
 
-    page = rewrite_report(bundle)
+    Where `shoal measure` has measured its fleet, predictions stand beside what was measured.
+    """
+    from agent.protocol.fleet import load_fleet
+    from agent.protocol.manifest import read_manifest
+    from exporter.report import measured_beside, rewrite_report
+    from exporter.report_measured import HEAD
+
+    platforms = _platforms(named)
+    page = rewrite_report(bundle, platforms)
     manifest = read_manifest(bundle)
+    beside = measured_beside(bundle, manifest, load_fleet(bundle / manifest.fleet.path), platforms)
     if as_json:
         figures = {name: figure.model_dump() for name, figure in manifest.figures.items()}
-        click.echo(json.dumps({"report": str(page), "figures": figures}))
+        told: dict[str, Any] = {"report": str(page), "figures": figures}
+        if beside.tables or beside.note:
+            told["measured"] = [
+                {"about": text, "figures": [row.as_json() for row in rows]}
+                for text, rows in beside.tables
+            ]
+            told["note"] = beside.note or None
+        click.echo(json.dumps(told))
         return
     print_table(
         ("figure", "value", "unit", "origin", "note"),
@@ -311,6 +333,17 @@ def report(bundle: Path, as_json: bool) -> None:
         ],
         f"report: {page}",
     )
+    for text, rows in beside.tables:
+        print_table(HEAD, [row.row() for row in rows], f"Predicted and measured: {text}")
+    if beside.note:
+        click.echo(beside.note)
+
+
+def _platforms(named: tuple[str, ...]) -> dict[str, str]:
+    """DEVICE=PLATFORM options by device."""
+    if wrong := [item for item in named if "=" not in item]:
+        raise click.UsageError(f"{wrong[0]!r} is not DEVICE=PLATFORM, for example eye-0=pi-4")
+    return dict(item.split("=", 1) for item in named)
 
 
 @click.group()
@@ -406,11 +439,9 @@ def cost_bundle(bundle: Path, named: tuple[str, ...], trigger: bool, as_json: bo
     from agent.protocol.units import format_bytes
     from exporter.cost.bundle import bundle_cost, works_of_files
 
-    if wrong := [item for item in named if "=" not in item]:
-        raise click.UsageError(f"{wrong[0]!r} is not DEVICE=PLATFORM, for example eye-0=pi-4")
+    platforms = _platforms(named)
     manifest = read_manifest(bundle)
     fleet = load_fleet(bundle / manifest.fleet.path)
-    platforms = dict(item.split("=", 1) for item in named)
     works = works_of_files(bundle, manifest)
     costs = bundle_cost(manifest, fleet, platforms=platforms, trigger=trigger, works=works)
     if as_json:

@@ -14,12 +14,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from agent.protocol.errors import ShoalError
+from agent.protocol.errors import DataError, ShoalError
 from agent.protocol.fleet import Device, Fleet, load_fleet
 from agent.protocol.manifest import Figure, Manifest, PieceEntry, check_files, read_manifest
+from agent.protocol.measured import FILE_NAME as MEASURED
+from agent.protocol.measured import read_measurements
 from agent.protocol.units import format_bytes
+from exporter.cost.bundle import works_of_files
 from exporter.cost.piece import INTERPRETER_CODE_BYTES, STACK_BYTES
+from exporter.cost.platform import load_platform
 from exporter.network_drawing import draw_network
+from exporter.report_measured import HEAD, Compared, tables
 
 REPORT_DATA = "report.json"
 REPORT_PAGE = "report.html"
@@ -65,12 +70,19 @@ _COLOURS = ("var(--own)", "var(--foreign)")
 _NUMBER = re.compile(r"[\d,]+(\.\d+)?( ?(%|steps|[kM]?B))|[\d,]+\.\d+")
 
 
-def write_report(folder: Path, manifest: Manifest, fleet: Fleet, report: Mapping[str, Any]) -> Path:
-    """Write report.html into a bundle folder.
+def write_report(
+    folder: Path,
+    manifest: Manifest,
+    fleet: Fleet,
+    report: Mapping[str, Any],
+    platforms: Mapping[str, str] | None = None,
+) -> Path:
+    """Write report.html into a bundle folder, with what was measured of its fleet, if anything was.
 
     `report` is `{"sections": [...]}`; a section has a title, a text, and any of a network (as
     `draw_network` takes it), a table (`head`, `rows`) and histograms (each `name`, `threshold`,
-    `series` of counts over [0, 1]).
+    `series` of counts over [0, 1]). `platforms` say, by device, what one is for predictions, where
+    its kind does not.
     """
     shares = {k: v for k, v in sorted(manifest.figures.items()) if v.unit == "share"}
     sizes = {k: v for k, v in sorted(manifest.figures.items()) if v.unit != "share"}
@@ -93,6 +105,7 @@ def write_report(folder: Path, manifest: Manifest, fleet: Fleet, report: Mapping
         f"{format_bytes(INTERPRETER_CODE_BYTES)}), RAM the measured arena and a stack of "
         f"{format_bytes(STACK_BYTES)}; memory of Linux devices holds weights and live tensors, "
         "both estimated.</p>",
+        *_measured(measured_beside(folder, manifest, fleet, platforms)),
         *(_section(section) for section in report.get("sections", ())),
         "<h2>Verification</h2>",
         "<p>Each piece on its device's runtime against LiteRT's reference kernels, in steps of "
@@ -128,11 +141,75 @@ def html_page(title: str, body: str) -> str:
     )
 
 
-def rewrite_report(bundle: Path) -> Path:
+@dataclass(frozen=True)
+class Beside:
+    """What was measured of a bundle's fleet, with what was predicted.
+
+    Attributes:
+        tables: For each run what it was like, and its figures.
+        note: What is wrong with what is kept; empty: nothing.
+    """
+
+    tables: tuple[tuple[str, tuple[Compared, ...]], ...] = ()
+    note: str = ""
+
+
+def measured_beside(
+    folder: Path, manifest: Manifest, fleet: Fleet, platforms: Mapping[str, str] | None = None
+) -> Beside:
+    """Read what was measured of a bundle, and predict it.
+
+    Args:
+        folder: Of the bundle.
+        manifest: Its manifest.
+        fleet: Its fleet.
+        platforms: By device, where its kind does not say what it is.
+
+    Raises:
+        FleetFileError, PlatformFileError: a mistake in `platforms`.
+    """
+    for device, platform in (platforms or {}).items():
+        fleet.device(device)
+        load_platform(platform)
+    try:
+        kept = read_measurements(folder)
+    except DataError as error:
+        return Beside(note=f"{error.message}; {error.hint}")
+    if kept is None:
+        return Beside()
+    runs = kept.of_plan(manifest.plan_id)
+    if not runs:
+        plans = ", ".join(sorted({run.plan for run in kept.runs})) or "none"
+        return Beside(
+            note=f"{MEASURED} is of another plan ({plans}), this one is {manifest.plan_id}; "
+            "measure it again: shoal measure"
+        )
+    works = works_of_files(folder, manifest)
+    return Beside(tuple(tables(manifest, fleet, runs, works=works, platforms=platforms)))
+
+
+def _measured(beside: Beside) -> list[str]:
+    """The section of it; nothing where nothing was measured."""
+    if not beside.tables and not beside.note:
+        return []
+    body = ["<h2>Predicted and measured</h2>"]
+    if beside.note:
+        body.append(f"<p>{escape(beside.note)}</p>")
+    for text, rows in beside.tables:
+        body += [f"<p>{escape(text)}</p>", html_table(HEAD, [row.row() for row in rows])]
+    return body
+
+
+def rewrite_report(bundle: Path, platforms: Mapping[str, str] | None = None) -> Path:
     """Draw a bundle's report anew from what is saved in it.
+
+    Args:
+        bundle: Its folder.
+        platforms: By device, where its kind does not say what it is.
 
     Raises:
         ManifestError, BundleMismatch: not a bundle, or its files were altered.
+        FleetFileError, PlatformFileError: a mistake in `platforms`.
         ShoalError: the report's data is none.
     """
     manifest = read_manifest(bundle)
@@ -140,7 +217,8 @@ def rewrite_report(bundle: Path) -> Path:
     path = bundle / manifest.report.path
     try:
         report = json.loads(path.read_bytes())
-        return write_report(bundle, manifest, load_fleet(bundle / manifest.fleet.path), report)
+        fleet = load_fleet(bundle / manifest.fleet.path)
+        return write_report(bundle, manifest, fleet, report, platforms)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ShoalError(f"{path}: not a report's data: {error}", "export it anew") from None
 

@@ -19,6 +19,9 @@ _NUMBERS = {
     "sent",
     "energy",
     "fullest",
+    "estimated",
+    "measured",
+    "difference",
 }
 """Columns that are aligned to the right."""
 
