@@ -22,7 +22,7 @@ from exporter.planner.choice import (
 )
 from exporter.planner.glances import Glance
 from exporter.planner.points import Memory, Outcome, Point
-from exporter.planner.saved import State, known, latest, save
+from exporter.planner.saved import State, known, latest, save, slack_of
 from exporter.planner.search import Step, next_steps
 from exporter.planner.sketch import Network, sketch
 from exporter.planner.what_if import edited, what_if
@@ -254,6 +254,15 @@ def test_short_training_gives_up_only_what_is_far_off(seen: float, given_up: boo
     marked = without_hope(points, [Glance(points[0].candidate, {"nonn": seen})], WISH)
 
     assert [bool(x.hopeless) for x in marked] == [given_up, given_up]
+
+
+def test_what_one_plan_costs_bounds_the_sketches_of_its_method_more_tightly():
+    """The largest slack that any of its costs needs, and a little."""
+    fixed = replace(point("nonn", 8.0, 0.97), sent_bytes=300.0, energy_mj=None)
+
+    assert slack_of(fixed, replace(fixed, latency_ms=8.0)) == pytest.approx(0.03)
+    assert slack_of(fixed, replace(fixed, latency_ms=10.0)) == pytest.approx(1 - 0.97 * 0.8)
+    assert slack_of(fixed, replace(fixed, sent_bytes=100.0)) == pytest.approx(0.03)
 
 
 def test_pareto_leaves_out_what_another_beats_in_every_way():

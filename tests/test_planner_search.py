@@ -20,10 +20,20 @@ from agent.protocol.manifest import check_files, read_manifest
 from exporter.cost.bundle import bundle_cost, works_of_files
 from exporter.planner.candidates import Candidate
 from exporter.planner.choice import Wish, choose
-from exporter.planner.evaluate import Task, evaluate
+from exporter.planner.evaluate import (
+    GLANCE_STEPS,
+    Task,
+    evaluate,
+    glance,
+    glance_epochs,
+    glance_of,
+    inputs_of,
+)
+from exporter.planner.points import point_of_sketch
 from exporter.planner.replan import replan
 from exporter.planner.saved import known, latest
-from exporter.planner.search import Effort, search
+from exporter.planner.search import Effort, begin, search
+from exporter.planner.sketch import sketch
 
 ROOT = Path(__file__).parent.parent
 SPLIT = """\
@@ -208,8 +218,49 @@ def test_sketch_of_pruned_networks_is_below_what_the_exported_ones_cost():
     assert bound.sent_bytes <= cost.bytes_sent
 
 
+def small_task() -> Task:
+    return Task(model_file(), str(home() / "digits.npz"), home() / "fleet.yaml", home() / "cache")
+
+
+def edgent(epochs: int) -> Candidate:
+    return Candidate("edgent", ("pi-door",), (("epochs", epochs),))
+
+
+def test_training_that_is_short_anyway_is_not_glanced_at():
+    task = small_task()
+    samples = len(inputs_of(task).data.train)
+
+    epochs = glance_epochs(task, edgent(3_000))
+
+    assert epochs is not None and epochs * (samples // 128) >= GLANCE_STEPS
+    assert glance_epochs(task, edgent(3 * epochs)) == epochs
+    assert glance_epochs(task, edgent(3 * epochs - 1)) is None
+    assert glance_epochs(task, Candidate("snn", ("pi-door", "mcu-east"), ())) is None
+
+
+def test_short_training_tells_what_each_strategy_reaches_and_costs(monkeypatch):
+    monkeypatch.setattr("exporter.planner.evaluate.GLANCE_STEPS", 1)
+    task = small_task()
+    fleet = inputs_of(task).fleet
+
+    seen = glance_of(glance(task, edgent(12)))
+
+    assert seen.drawn is not None
+    names = [way.name for way in seen.drawn.plan.strategies]
+    assert set(seen.accuracies) == set(names) and len(names) > 1
+    whole = sketch(seen.candidate, begin(task, Wish(), {}).network, fleet)
+    best = max(seen.accuracies, key=lambda name: seen.accuracies[name])
+    narrowed = seen.narrowed(whole, seen.accuracies[best])
+    assert [way.name for way in narrowed.plan.strategies] == [
+        name for name in names if seen.accuracies[name] == seen.accuracies[best]
+    ]
+    assert seen.narrowed(whole, seen.accuracies[best] + 0.01) is whole
+    point = point_of_sketch(seen.candidate, narrowed, fleet, 100)
+    assert point.latency_ms > 0 and point.strength == whole.strength
+
+
 def test_what_is_sent_to_worker_processes_can_be():
-    task = Task(model_file(), str(home() / "digits.npz"), home() / "fleet.yaml", home() / "cache")
+    task = small_task()
     candidate = Candidate("lcp", ("pi-door", "mcu-east"), (("fatten", 40.0),))
 
     work, context, item = pickle.loads(pickle.dumps((evaluate, task, candidate)))

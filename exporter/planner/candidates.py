@@ -62,14 +62,14 @@ _OPTION_OF = {"ddnn_filters": "filters"}
 SETTINGS: Mapping[str, tuple[Mapping[str, Setting], ...]] = {
     "single": ({},),
     "layerwise": ({},),
-    "lcp": tuple({"fatten": percent} for percent in (0.0, 20.0, 40.0, 60.0, 80.0, 100.0)),
-    "nonn": tuple({"ratio": ratio} for ratio in (16.0, 10.0, 6.0, 4.0)),
+    "lcp": tuple({"fatten": 10.0 * step} for step in range(11)),
+    "nonn": tuple({"ratio": ratio} for ratio in (20.0, 16.0, 12.0, 10.0, 8.0, 6.0, 5.0, 4.0)),
     "snn": (
         {"quick": True},
-        *({"quick": True, "keep": share} for share in (0.7, 0.5, 0.35, 0.2)),
+        *({"quick": True, "keep": share} for share in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)),
     ),
     "edgent": ({},),
-    "ddnn": tuple({"ddnn_filters": (filters,)} for filters in (2, 4, 8, 16)),
+    "ddnn": tuple({"ddnn_filters": (filters,)} for filters in (2, 3, 4, 6, 8, 12, 16)),
 }
 """What is tried of each method: LCP's branches and NoNN's students in several widths, SNNs pruned
 by accuracy or to a share; Edgent tries its own exits and cuts."""

@@ -12,7 +12,7 @@ from .candidates import Candidate
 from .glances import Glance
 from .points import Point
 
-EQUAL = 0.03
+EQUAL = 0.05
 """Plans whose goal differs by less than this share count as equal: none is trained for it."""
 
 
@@ -115,7 +115,7 @@ def best(points: Sequence[Point], wish: Wish) -> tuple[Point | None, bool]:
 def still_open(points: Sequence[Point], wish: Wish) -> tuple[Point, ...]:
     """Sketches that may yet be chosen, the most promising first."""
     taken, meets = best(points, wish)
-    limit = wish.cost(taken) * (1 - EQUAL) if taken is not None and meets else inf
+    limit = wish.cost(taken) / (1 + EQUAL) if taken is not None and meets else inf
     # Where losses are counted from the best plan, any plan may change who is accurate enough.
     limit = inf if wish.reference is None else limit
     found = [x for x in points if not x.trained and not x.hopeless and wish.cost(x) < limit]

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .points import (
     points_of,
     request_bytes,
 )
-from .sketch import Network, sketch
+from .sketch import Network, Sketch, sketch
 
 FOLDER = "planner"
 LATEST = "latest.json"
@@ -116,28 +117,70 @@ def known(state: State, fleet: Fleet) -> Known:
     # Which strategies are made depends on the links.
     seen = state.glances if fleet == state.fleet else ()
     glances = {glance.candidate: glance for glance in seen}
-    points: list[Point] = []
+    trained: dict[Candidate, tuple[Point, ...]] = {}
+    drawn: dict[Candidate, Sketch] = {}
     refused: dict[Candidate, str] = {}
-    frame = request_bytes(np.zeros(state.frame.shape, state.frame.dtype))
     for candidate in dict.fromkeys((*state.space(fleet), *done)):
-        outcome = done.get(candidate)
-        found = () if outcome is None else points_of(outcome, fleet, state.platforms)
-        if outcome is not None and not found:
-            refused[candidate] = outcome.refused or "does not fit this fleet"
-            continue
+        if candidate in done:
+            trained[candidate] = points_of(done[candidate], fleet, state.platforms)
+            if not trained[candidate]:
+                refused[candidate] = done[candidate].refused or "does not fit this fleet"
+                continue
         try:
-            drawn = sketch(candidate, state.network, fleet)
-            if candidate in glances:
-                drawn = glances[candidate].narrowed(drawn, state.wish.least_glanced)
-            if found:
-                points += [replace(point, strength=drawn.strength) for point in found]
-            else:
-                points.append(point_of_sketch(candidate, drawn, fleet, frame, state.platforms))
+            found = sketch(candidate, state.network, fleet)
         except ShoalError as error:
-            points += found
-            if not found:
+            if candidate not in trained:
                 refused[candidate] = error.message
+            continue
+        if candidate in glances:
+            found = glances[candidate].narrowed(found, state.wish.least_glanced)
+        drawn[candidate] = found
+
+    frame = request_bytes(np.zeros(state.frame.shape, state.frame.dtype))
+
+    def sketched(candidate: Candidate, slack: float) -> Point:
+        found = replace(drawn[candidate], slack=slack)
+        return point_of_sketch(candidate, found, fleet, frame, state.platforms)
+
+    slacks: dict[str, float] = {}
+    for candidate, own in trained.items():
+        guessed = candidate in drawn and drawn[candidate].slack > 0
+        # A strength without bound is no sketch of its width.
+        if guessed and len(own) == 1 and drawn[candidate].strength < inf:
+            slack = slack_of(own[0], sketched(candidate, 0.0))
+            slacks[candidate.method] = max(slack, slacks.get(candidate.method, 0.0))
+    points: list[Point] = []
+    for candidate in (*trained, *(x for x in drawn if x not in trained)):
+        strength = drawn[candidate].strength if candidate in drawn else 0.0
+        if candidate in trained:
+            points += [replace(point, strength=strength) for point in trained[candidate]]
+            continue
+        slack = drawn[candidate].slack
+        if strength < inf:
+            slack = min(slack, slacks.get(candidate.method, slack))
+        try:
+            points.append(sketched(candidate, slack))
+        except ShoalError as error:
+            refused[candidate] = error.message
     return Known(without_hope(points, state.glances, state.wish), refused)
+
+
+SPREAD = 0.03
+"""By how much sketches of one method may miss differently what they are sketches of."""
+
+
+def slack_of(trained: Point, drawn: Point) -> float:
+    """The slack that a trained plan says sketches of its method need: the largest of its costs'.
+
+    Args:
+        trained: What it costs.
+        drawn: What its sketch, without slack, said.
+    """
+    pairs = [(trained.latency_ms, drawn.latency_ms), (trained.sent_bytes, drawn.sent_bytes)]
+    if trained.energy_mj is not None and drawn.energy_mj is not None:
+        pairs.append((trained.energy_mj, drawn.energy_mj))
+    ratios = [cost / bound for cost, bound in pairs if bound > 0]
+    return max(0.0, 1.0 - (1.0 - SPREAD) * min(ratios, default=1.0))
 
 
 def save(state: State, cache: Path) -> Path:

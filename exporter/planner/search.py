@@ -111,7 +111,7 @@ def search(
     processes = effort.processes
     if processes > 1:
         task = replace(task, workers=1)
-    state = replace(_begun(task, wish, fixed or {}), platforms=platforms or {})
+    state = replace(begin(task, wish, fixed or {}), platforms=platforms or {})
     fleet = state.fleet
     for name, platform in state.platforms.items():
         fleet.device(name)
@@ -168,7 +168,12 @@ def search(
         fresh += len(results)
 
 
-def _begun(task: Task, wish: Wish, fixed: Mapping[str, Mapping[str, Setting]]) -> State:
+def begin(task: Task, wish: Wish, fixed: Mapping[str, Mapping[str, Setting]]) -> State:
+    """A search in which nothing is tried yet; the model's accuracy is measured.
+
+    Raises:
+        ShoalError: as `pipeline.load`.
+    """
     inputs = inputs_of(task)
     data, base = inputs.data, inputs.base
     graph, reference = None, None
