@@ -227,6 +227,7 @@ def default_run(data: Data, seed: int) -> dict[str, Any]:
 
 
 def plain_run(data: Data, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """A network of another recipe: its accuracies, and with each camera lost."""
     judge = Judge(trained(data, recipe, seed), data, recipe)
     cameras = data.train[0].shape[1]
     lost = [judge.summary((i,)) for i in range(cameras)] if cameras > 1 else []
@@ -377,6 +378,7 @@ KINDS = [
 
 
 def read() -> dict[str, Any]:
+    """What was measured so far, or an empty start."""
     path = RESULTS / f"{NAME}.json"
     return json.loads(path.read_text()) if path.exists() else {"runs": {}}
 

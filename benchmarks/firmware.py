@@ -484,6 +484,7 @@ def draw() -> str:
 
 
 def main() -> int:
+    """Measure what is asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -213,8 +213,8 @@ def draw() -> str:
     result = load(NAME)
     lines = ["# The planner", "", HEADER, *map(str, rows(result)), ""]
     lines += [
-        "A small network for digits and dense students, so that whole spaces can be trained. Chosen "
-        "by held-out samples, of which one is 0.57 points; latencies are estimated.",
+        "A small network for digits and dense students, so that whole spaces can be trained. "
+        "Chosen by held-out samples, of which one is 0.57 points; latencies are estimated.",
         "",
         "| fleet | trained | chosen | accuracy | latency | best of all | accuracy "
         "| latency |",

@@ -53,21 +53,25 @@ WIFI = Network(rate_bits_per_s=62.24e6, latency_s=0.00883)
 
 
 def constant(value: float, source: str) -> Constant[Any]:
+    """A platform's figure that comes from here."""
     return Constant[Any].model_construct(value=value, source=source)
 
 
 def with_cycles(platform: Platform, cycles: float) -> Platform:
+    """The platform with so many cycles a step of its array."""
     compute = platform.compute.model_copy(update={"cycles_per_step": constant(cycles, "fitted")})
     return platform.model_copy(update={"compute": compute, "calibrated": "cycles_per_step"})
 
 
 def with_rate(platform: Platform, bytes_per_s: float) -> Platform:
+    """The platform with an off-chip memory of this rate."""
     assert platform.off_chip is not None
     off = platform.off_chip.model_copy(update={"rate": constant(bytes_per_s, "fitted")})
     return platform.model_copy(update={"off_chip": off, "calibrated": "off-chip rate"})
 
 
 def with_macs(platform: Platform, per_s: float) -> Platform:
+    """The platform with so many multiply-accumulates a second."""
     compute = platform.compute.model_copy(update={"macs": constant(per_s, "fitted")})
     return platform.model_copy(update={"compute": compute, "calibrated": "macs"})
 
@@ -143,6 +147,7 @@ def divided_plan(graph: LayerGraph, devices: int, rules: Rules, element_bytes: f
 def walked(
     case: Case, platform: Platform, network: Network, *, asker: str | None, frame_bytes: float
 ) -> PlanCost:
+    """What one decision costs, all devices being alike."""
     plan, works, devices = case
     setting = Setting(dict.fromkeys(devices, platform), network, asker, frame_bytes, True)
     costs = plan_cost(plan, works, setting)
@@ -195,6 +200,7 @@ PAPER_SPEEDUPS = {
 
 @cache
 def edgenai_case(network: str, snns: int, kind: str) -> Case:
+    """SNNs (`snn`), or the base divided with fusion (`fused`) or without (`broadcast`)."""
     if kind == "snn":
         return parallel_plan([pruned(network, snns)] * snns, None, Fusion.MIN_ENTROPY, 2)
     rules = {"fused": PAPER, "broadcast": LOP_ONLY}[kind]
@@ -202,6 +208,7 @@ def edgenai_case(network: str, snns: int, kind: str) -> Case:
 
 
 def edgenai_seconds(network: str, snns: int, kind: str, platform: Platform) -> float:
+    """Seconds of a decision of `edgenai_case`."""
     case = edgenai_case(network, snns, kind)
     divided = kind != "snn"
     cost = walked(
@@ -215,6 +222,7 @@ def edgenai_seconds(network: str, snns: int, kind: str, platform: Platform) -> f
 
 
 def edgenai_speedup(network: str, snns: int, baseline: str, platform: Platform) -> float:
+    """Of SNNs over the base divided in one way or the other."""
     slow = edgenai_seconds(network, snns, baseline, platform)
     return slow / edgenai_seconds(network, snns, "snn", platform)
 
@@ -321,6 +329,7 @@ def lcp_seconds(
     prune: float = 0.0,
     element_bytes: float | None = None,
 ) -> float:
+    """Seconds of a decision of `lcp_case`; of the whole network where it is not split."""
     own = 4 if platform.element_bits is None else platform.element_bits.value / 8
     quiet = WIFI if split > 1 else Network(latency_s=0, rate_bits_per_s=1e18)
     case = lcp_case(network, split, fatten, element_bytes or own, prune)
@@ -347,6 +356,7 @@ def lcp_steps(platform: Platform) -> dict[str, Any]:
 
 @cache
 def whole_network(network: str) -> LayerGraph:
+    """One of LCP's networks, with its head."""
     counts = split_counts(network, 1)
     whole = counts.network.trunk(lambda width: width)
     whole.dense("logits", whole.output.name, counts.network.classes, relu=False)
@@ -364,6 +374,7 @@ def model_parallel_seconds(network: str, devices: int, platform: Platform) -> fl
 
 
 def lcp() -> dict[str, Any]:
+    """LCP on the Pi, fitted on the two originals, and on the arrays, as they are stated."""
     plain = load_platform("pi-3")
     # Dense layers wait for memory, convolutions for arithmetic: the two originals fix both rates.
     macs, rate = 1e9, 1e9
@@ -461,6 +472,7 @@ def nonn() -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
+    """Everything that `draw` shows."""
     return {
         "edgenai": {
             "reading": EDGENAI_READING,
@@ -513,7 +525,6 @@ def rows(result: dict[str, Any]) -> list[Row]:
 def draw() -> str:
     """benchmarks/results/speedups.md."""
     result = load(NAME)
-    edge, lcp_part, students = result["edgenai"], result["lcp"], result["nonn"]
     lines = [
         "# The papers' speed-ups, estimated",
         "",
@@ -523,6 +534,20 @@ def draw() -> str:
         "were chosen with the paper's figures in view: they show that one reading gives all four, "
         "not that the model foretells them. With the other baseline it does not.",
         "",
+        *_edgenai_lines(result["edgenai"]),
+        "",
+        *_lcp_lines(result["lcp"]),
+        "",
+        *_nonn_lines(result["nonn"]),
+        "",
+        f"Fitted on the teacher. {machine_line(result)}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _edgenai_lines(edge: dict[str, Any]) -> list[str]:
+    lines = [
         "| speed-up at 20 devices | paper | uncalibrated | calibrated | error | |",
         "|---|---|---|---|---|---|",
     ]
@@ -562,12 +587,15 @@ def draw() -> str:
             for kind in ("calibrated", "uncalibrated"):
                 values = " | ".join(f"{curve[str(n)][kind]:.1f}" for n in SHOWN)
                 lines.append(f"| {network}, platform {name[-1]}, {kind} | {values} |")
-    lines += [
-        "",
+    return lines
+
+
+def _lcp_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
         "| LCP on Raspberry Pi 3 | paper | uncalibrated | calibrated | error | |",
         "|---|---|---|---|---|---|",
     ]
-    for a in lcp_part["pi"]["anchors"]:
+    for a in found["pi"]["anchors"]:
         fat = f", {a['fatten'] * 100:.0f} % fatter" if a["fatten"] else ""
         error = a["calibrated_s"] / a["paper_s"] - 1
         lines.append(
@@ -576,17 +604,17 @@ def draw() -> str:
             f"| {a['calibrated_s'] * 1e3:.0f} ms | {error * 100:+.0f} % "
             f"| {'fitted' if a['fitted'] else 'predicted'} |"
         )
-    fit = lcp_part["pi"]["fitted"]
+    fit = found["pi"]["fitted"]
     lines += [
         "",
-        f"Reading: {lcp_part['reading']}. Fitted on the two originals: "
+        f"Reading: {found['reading']}. Fitted on the two originals: "
         f"{fit['macs_per_s'] / 1e9:.1f} G MACs/s, {fit['memory_bytes_per_s'] / 1e6:.0f} MB/s for "
         "weights. The paper's figures at 8 branches do not say how fat.",
         "",
         f"| speed-up over the whole on one Pi 3, calibrated | whole | {' | '.join(LCP_STEPS)} |",
         f"|---|---|{'---|' * len(LCP_STEPS)}",
     ]
-    steps = lcp_part["pi"]["steps"]
+    steps = found["pi"]["steps"]
     lines += [
         f"| {network} | {row['whole_s'] * 1e3:.0f} ms | "
         f"{' | '.join(f'{row[name]:.1f}x' for name in LCP_STEPS)} |"
@@ -605,7 +633,7 @@ def draw() -> str:
         "| speed-up | ASIC: divided | 8 branches | speed-up |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in lcp_part["arrays"]["networks"]:
+    for row in found["arrays"]["networks"]:
         cells = [
             f"{row[name]['model_parallel_s'] * 1e3:.0f} ms | {row[name]['split8_s'] * 1e3:.1f} ms "
             f"| {row[name]['speedup']:.1f}x"
@@ -617,7 +645,12 @@ def draw() -> str:
         "The paper reports 7.2x on average on FPGAs; of which networks is not known to us. LeNet "
         "and CifarNet, which fit such a device, are at that; larger networks divided layer by "
         "layer spend all their time sending.",
-        "",
+    ]
+    return lines
+
+
+def _nonn_lines(students: dict[str, Any]) -> list[str]:
+    lines = [
         "| NoNN, WRN40-4 against two WRN16-1 | paper | uncalibrated | calibrated |",
         "|---|---|---|---|",
     ]
@@ -632,8 +665,7 @@ def draw() -> str:
         for kind in ("uncalibrated", "calibrated")
     ]
     lines.append(f"| speed-up | 12.4x | {ratios[0]:.1f}x | {ratios[1]:.1f}x |")
-    lines += ["", f"Fitted on the teacher. {machine_line(result)}", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> int:
