@@ -171,99 +171,129 @@ class Edgent:
     ) -> Settled:
         """Measure each strategy's accuracy on its exported pieces, and make the plan."""
         facts: _Facts = design.facts
-        held_out, test = data.held_out, data.test
-        said = _Said(run, data.inputs(held_out.frames)), _Said(run, data.inputs(test.frames))
-        held = [_share(said[0](row).argmax(axis=1), held_out.labels) for row in facts.stages]
-        tested = [_share(said[1](row).argmax(axis=1), test.labels) for row in facts.stages]
-        names = strategy_names(facts.ways)
-        costs = [
-            StrategyCost(
-                compute_ms=way.device_ms + way.server_ms,
-                sent_bytes=_sent_bytes(row, facts.shapes, names, data.classes),
-                messages=_messages(row),
-                accuracy=accuracy,
-            )
-            for way, row, accuracy in zip(facts.ways, facts.stages, held, strict=True)
-        ]
-        strategies = [_strategy(name, row) for name, row in zip(names, facts.stages, strict=True)]
-        abouts = [str(way) for way in facts.ways]
-        for way in facts.early:
-            logits = said[0](way.sure), said[0](way.unsure)
-            threshold, point = settled(
-                way,
-                logits,
-                held_out.labels,
-                max_drop=options.entropy_drop,
-                normalized=options.entropy_normalized,
-            )
-            left = 1 - point.shares[0]
-            sent = _sent_bytes(way.unsure, facts.shapes, names, data.classes) * (not way.shared)
-            costs.append(
-                StrategyCost(
-                    compute_ms=way.early_ms + left * way.late_ms,
-                    sent_bytes=round(left * sent),
-                    messages=math.ceil(left * 2) * (not way.shared),
-                    accuracy=_share(answered(logits, threshold), held_out.labels),
-                )
-            )
-            strategies.append(way.strategy(threshold))
-            names.append(way.name)
-            logits = said[1](way.sure), said[1](way.unsure)
-            tested.append(_share(answered(logits, threshold), test.labels))
-            (bound,) = point.thresholds
-            unit = "of ln C" if options.entropy_normalized else "nats"
-            abouts.append(
-                f"exit {way.exit} below an entropy of {bound:g} {unit} "
-                f"({point.shares[0] * 100:.0f} %), else the last exit, {way.name.split('-')[-1]}"
-            )
+        rows = _measured(facts, data, options, run)
         plan = Plan(
             method="edgent",
             classes=data.classes,
             pieces=_planned(facts.rows),
-            strategies=tuple(strategies),
+            strategies=tuple(row.strategy for row in rows),
             adaptation=Adaptation(
                 limit_ms=facts.limit_ms,
                 link_ms=facts.link_ms,
                 lowest_bits_per_s=options.lowest_bits_per_s,
                 highest_bits_per_s=options.highest_bits_per_s,
                 aim=options.aim,
-                costs=tuple(costs),
+                costs=tuple(row.cost for row in rows),
             ),
         )
-        rows = [
-            [name, about, f"{cost.compute_ms:.2f} ms", f"{cost.sent_bytes:,} B", _percent(share)]
-            for name, about, cost, share in zip(names, abouts, costs, tested, strict=True)
-        ]
         origin = "measured profiles" if facts.measured_profile else "the paper's coefficients"
-        sections = [
-            {
-                "title": "Strategies",
-                "text": f"One is picked for each request. Computing by {origin}, estimated; "
-                "accuracy of the exported pieces on test data.",
-                "head": ["strategy", "what runs where", "computing", "sent", "accuracy"],
-                "rows": rows,
-            }
-        ]
+        section = {
+            "title": "Strategies",
+            "text": f"One is picked for each request. Computing by {origin}, estimated; "
+            "accuracy of the exported pieces on test data.",
+            "head": ["strategy", "what runs where", "computing", "sent", "accuracy"],
+            "rows": [row.cells for row in rows],
+        }
         device, _ = roles(fleet)
-        picked = _picked(plan, fleet.link_of(device).rate_bits_per_s)
+        picked = rows[_picked(plan, fleet.link_of(device).rate_bits_per_s)]
         figures = {
             "accuracy_fleet": Figure(
-                value=tested[picked],
+                value=picked.tested,
                 unit="share",
                 origin="measured",
-                note=f"exported pieces of {names[picked]}, which the fleet file's link and the "
-                "latency required make the choice; test data",
+                note=f"exported pieces of {picked.strategy.name}, which the fleet file's link and "
+                "the latency required make the choice; test data",
             ),
             "accuracy_alone": Figure(
-                value=max(
-                    share for share, cost in zip(tested, costs, strict=True) if not cost.sent_bytes
-                ),
+                value=max(row.tested for row in rows if not row.cost.sent_bytes),
                 unit="share",
                 origin="measured",
                 note="exported pieces of the most accurate strategy that needs no link, test data",
             ),
         }
-        return Settled(plan=plan, pieces=(), figures=figures, report={"sections": sections})
+        return Settled(plan=plan, pieces=(), figures=figures, report={"sections": [section]})
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One strategy, measured.
+
+    Attributes:
+        tested: Accuracy on test data.
+        about: What runs where, for people.
+    """
+
+    strategy: Strategy
+    cost: StrategyCost
+    tested: float
+    about: str
+
+    @property
+    def cells(self) -> list[str]:
+        """Of the report's table."""
+        cost = self.cost
+        return [
+            self.strategy.name,
+            self.about,
+            f"{cost.compute_ms:.2f} ms",
+            f"{cost.sent_bytes:,} B",
+            _percent(self.tested),
+        ]
+
+
+def _measured(facts: _Facts, data: DataSet, options: EdgentOptions, run: RunPiece) -> list[_Row]:
+    """Every strategy with what it costs and reaches; held-out data settle the thresholds."""
+    held_out, test = data.held_out, data.test
+    held = _Said(run, data.inputs(held_out.frames))
+    tested = _Said(run, data.inputs(test.frames))
+    names = strategy_names(facts.ways)
+
+    def sent_bytes(stages: Sequence[Stage]) -> int:
+        return _sent_bytes(stages, facts.shapes, names, data.classes)
+
+    rows = [
+        _Row(
+            strategy=_strategy(name, stages),
+            cost=StrategyCost(
+                compute_ms=way.device_ms + way.server_ms,
+                sent_bytes=sent_bytes(stages),
+                messages=_messages(stages),
+                accuracy=_share(held(stages).argmax(axis=1), held_out.labels),
+            ),
+            tested=_share(tested(stages).argmax(axis=1), test.labels),
+            about=str(way),
+        )
+        for name, way, stages in zip(names, facts.ways, facts.stages, strict=True)
+    ]
+    for early in facts.early:
+        logits = held(early.sure), held(early.unsure)
+        threshold, point = settled(
+            early,
+            logits,
+            held_out.labels,
+            max_drop=options.entropy_drop,
+            normalized=options.entropy_normalized,
+        )
+        left = 1 - point.shares[0]
+        (bound,) = point.thresholds
+        unit = "of ln C" if options.entropy_normalized else "nats"
+        rows.append(
+            _Row(
+                strategy=early.strategy(threshold),
+                cost=StrategyCost(
+                    compute_ms=early.early_ms + left * early.late_ms,
+                    sent_bytes=round(left * sent_bytes(early.unsure)) * (not early.shared),
+                    messages=math.ceil(left * 2) * (not early.shared),
+                    accuracy=_share(answered(logits, threshold), held_out.labels),
+                ),
+                tested=_share(
+                    answered((tested(early.sure), tested(early.unsure)), threshold), test.labels
+                ),
+                about=f"exit {early.exit} below an entropy of {bound:g} {unit} "
+                f"({point.shares[0] * 100:.0f} %), else the last exit, {early.name.split('-')[-1]}",
+            )
+        )
+    return rows
 
 
 def _picked(plan: Plan, bits_per_s: float) -> int:
