@@ -57,6 +57,14 @@ TARGET_NAMES = ("tflm", "c", "arduino", "esp-idf", "zephyr")
     type=click.Path(path_type=Path, dir_okay=False),
     help="Where --method auto draws its page.",
 )
+@click.option(
+    "--measured",
+    multiple=True,
+    metavar="BUNDLE",
+    type=click.Path(path_type=Path),
+    help="A bundle whose running fleet `shoal measure` measured: with --method auto that stands "
+    "beside what is predicted of the same plan; repeat for more.",
+)
 def plan(
     model: Path | None,
     data: str | None,
@@ -66,6 +74,7 @@ def plan(
     bundle: Path | None,
     out: Path | None,
     page: Path,
+    measured: tuple[Path, ...],
     as_json: bool,
     **chosen: Any,
 ) -> None:
@@ -80,6 +89,8 @@ def plan(
             "--what-if answers from the last search and --from from a bundle: leave the model and "
             "--data out"
         )
+    if measured and (edits or bundle is not None or method != AUTO):
+        raise click.UsageError("--measured goes with a search: a model and --data, --method auto")
     if edits:
         answer_what_if(edits, chosen["cache"], as_json=as_json)
         return
@@ -92,7 +103,17 @@ def plan(
         raise click.UsageError("Missing option '--data'.")
     if method == AUTO:
         with _progress() as progress:
-            plan_all(model, data, fleet, chosen, fixed_settings(), page, progress, as_json=as_json)
+            plan_all(
+                model,
+                data,
+                fleet,
+                chosen,
+                fixed_settings(),
+                page,
+                progress,
+                measured=measured,
+                as_json=as_json,
+            )
         return
     _plan_one(model, data, fleet, method, chosen, as_json=as_json)
 

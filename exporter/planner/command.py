@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,9 +17,11 @@ from agent.protocol.errors import PlanDoesNotFit
 from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest
 from agent.protocol.units import format_bytes
+from exporter.report_measured import HEAD
 from exporter.terminal import print_table
 
 from .choice import Choice, Wish, pareto
+from .measured import Beside, beside, live_of, read_kept
 from .points import Point
 from .saved import Known, latest
 
@@ -41,16 +44,29 @@ def plan_all(
     page: Path,
     progress: Progress,
     *,
+    measured: Sequence[Path] = (),
     as_json: bool,
 ) -> None:
     """Search, print the table and the sentence, and draw the page.
 
+    Args:
+        model: The .keras file, None where every method trains its own network.
+        data: As `load_data` takes it.
+        fleet: The fleet file.
+        chosen: Options of the command.
+        fixed: By method, settings that the user fixed.
+        page: Where the page is drawn.
+        progress: Told what is going on.
+        measured: Bundles whose fleets `shoal measure` measured.
+        as_json: Print JSON instead of tables.
+
     Raises:
-        ShoalError: as `search.search`, or the page cannot be written.
+        ShoalError: as `search.search` and `measured.read_kept`, or the page cannot be written.
     """
     from .page import write_page
     from .search import search
 
+    kept = read_kept(measured)
     found = search(
         _task(model, data, fleet, chosen),
         *_aims(chosen),
@@ -58,13 +74,14 @@ def plan_all(
         fixed=fixed,
         platforms=_platforms(chosen),
     )
-    write_page(page, found.state, found.known, found.choice)
+    lived = beside(found.state, kept)
+    write_page(page, found.state, found.known, found.choice, lived)
     if as_json:
-        told = _as_json(found.known, found.choice, found.state.wish)
+        told = _as_json(found.known, found.choice, found.state.wish, lived)
         told |= {"report": str(page), "seconds": found.state.seconds, "trained": found.fresh}
         click.echo(json.dumps(told))
         return
-    _print(found, fleet)
+    _print(found, lived)
     click.echo(f"report: {page}")
 
 
@@ -155,7 +172,9 @@ def _platforms(chosen: Mapping[str, Any]) -> dict[str, str]:
     return dict(item.split("=", 1) for item in chosen["platforms"])
 
 
-def _as_json(known: Known, choice: Choice, wish: Wish) -> dict[str, Any]:
+def _as_json(
+    known: Known, choice: Choice, wish: Wish, lived: Sequence[Beside] = ()
+) -> dict[str, Any]:
     best = pareto(known.points)
     return {
         "goal": wish.goal,
@@ -165,35 +184,57 @@ def _as_json(known: Known, choice: Choice, wish: Wish) -> dict[str, Any]:
         "accurate_enough": choice.meets,
         "settled": not choice.open,
         "plans": [
-            {**point.as_json(), "pareto": point in best}
+            {**point.as_json(), "pareto": point in best, "measured": _live_json(point, lived)}
             for point in sorted(known.points, key=lambda x: (not x.trained, wish.cost(x), x.name))
         ],
         "refused": [
             {"plan": candidate.name, "reason": reason}
             for candidate, reason in known.refused.items()
         ],
+        "measured": [each.as_json() for each in lived],
     }
+
+
+def _live_json(point: Point, lived: Sequence[Beside]) -> dict[str, Any] | None:
+    live = live_of(point, lived)
+    return None if live is None else asdict(live)
 
 
 def _reasons(known: Known) -> list[str]:
     return [f"{candidate.name}: {reason}" for candidate, reason in known.refused.items()]
 
 
-def _print(found: Found, fleet: Path) -> None:
+def _print(found: Found, lived: Sequence[Beside]) -> None:
     state, known, choice = found.state, found.known, found.choice
     best = pareto(known.points)
     trained = [point for point in known.points if point.trained]
     reference = state.wish.reference
     model = "" if reference is None else f"; the model is {reference * 100:.2f} % right"
+    head = ["", "plan", "accuracy", "one lost", "latency", "sent", "energy", "fullest budget"]
+    trained.sort(key=lambda x: (state.wish.cost(x), x.name))
+    rows = [list(_row(point, choice, best)) for point in trained]
+    about = "Latency, traffic and energy of a decision estimated."
+    lives = [live_of(point, lived) for point in trained]
+    if any(lives):
+        head.insert(5, "measured")
+        about += " Measured: its latency live, on the machines below."
+        for row, live in zip(rows, lives, strict=True):
+            row.insert(5, "-" if live is None else f"{live.latency_ms:.3g} ms")
     print_table(
-        ("", "plan", "accuracy", "one lost", "latency", "sent", "energy", "fullest budget"),
-        [
-            _row(point, choice, best)
-            for point in sorted(trained, key=lambda x: (state.wish.cost(x), x.name))
-        ],
+        tuple(head),
+        [tuple(row) for row in rows],
         f"Trained and measured on {state.judged_by} samples held out for choosing{model}. "
-        "Latency, traffic and energy of a decision estimated. + : no other is better in every way",
+        f"{about} + : no other is better in every way",
     )
+    for each in lived:
+        if each.candidate is None:
+            click.echo(f"{each.bundle}: {each.about}.")
+            continue
+        print_table(
+            HEAD,
+            [row.row() for row in each.rows],
+            f"Predicted and measured, {each.title}. {each.about}",
+        )
     left = sorted(
         (point for point in known.points if not point.trained),
         key=lambda x: (state.wish.cost(x), x.name),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from math import isfinite, log10
 from pathlib import Path
@@ -10,8 +10,10 @@ from pathlib import Path
 from agent.protocol.errors import ShoalError
 from agent.protocol.units import format_bytes
 from exporter.report import html_page, html_table, percent_of_budget
+from exporter.report_measured import HEAD
 
 from .choice import Choice, pareto
+from .measured import Beside, Live, live_of
 from .points import Memory, Point
 from .saved import Known, State
 
@@ -20,21 +22,23 @@ COLOURS = ("#1f7a8c", "#6b7f92", "#d9822b", "#7a5195", "#2f9e5b", "#c0392b", "#b
 """Of the methods, in the order of MARKS."""
 
 
-def write_page(page: Path, state: State, known: Known, choice: Choice) -> Path:
-    """Draw a search.
+def write_page(
+    page: Path, state: State, known: Known, choice: Choice, lived: Sequence[Beside] = ()
+) -> Path:
+    """Draw a search, with what was measured of its plans.
 
     Raises:
         ShoalError: the page cannot be written.
     """
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(drawn(state, known, choice), encoding="utf-8")
+        page.write_text(drawn(state, known, choice, lived), encoding="utf-8")
     except OSError as error:
         raise ShoalError(f"{page}: cannot be written: {error.strerror}") from None
     return page
 
 
-def drawn(state: State, known: Known, choice: Choice) -> str:
+def drawn(state: State, known: Known, choice: Choice, lived: Sequence[Beside] = ()) -> str:
     """The page as text."""
     trained = [point for point in known.points if point.trained]
     sketched = [point for point in known.points if not point.trained]
@@ -54,22 +58,10 @@ def drawn(state: State, known: Known, choice: Choice) -> str:
         + ("" if reference is None else f"The model is {reference * 100:.2f} % right there.")
         + "</p>",
         "<h2>Plans</h2>",
-        html_table(
-            (
-                "plan",
-                "best in some way",
-                "accuracy (measured)",
-                "test accuracy (measured)",
-                "worst device lost (measured)",
-                "latency (estimated)",
-                "sent (estimated)",
-                "energy (estimated)",
-                "fullest budget",
-            ),
-            [_row(point, best) for point in _ordered(trained, state)],
-        ),
+        _plan_table(_ordered(trained, state), best, lived),
     ]
-    body += _plots(trained, choice)
+    body += _measured(lived)
+    body += _plots(trained, choice, lived)
     if choice.point is not None:
         body += [
             "<h2>Memory of the plan to take</h2>",
@@ -108,6 +100,42 @@ def _ordered(points: Sequence[Point], state: State) -> list[Point]:
     return sorted(points, key=lambda point: (state.wish.cost(point), point.name))
 
 
+def _plan_table(points: Sequence[Point], best: frozenset[Point], lived: Sequence[Beside]) -> str:
+    """Trained plans; with what was measured live where anything was."""
+    head = [
+        "plan",
+        "best in some way",
+        "accuracy (measured)",
+        "test accuracy (measured)",
+        "worst device lost (measured)",
+        "latency (estimated)",
+        "sent (estimated)",
+        "energy (estimated)",
+        "fullest budget",
+    ]
+    rows = [list(_row(point, best)) for point in points]
+    lives = [live_of(point, lived) for point in points]
+    if any(lives):
+        at = head.index("latency (estimated)") + 1
+        head[at:at] = ["latency (measured)", "live accuracy (measured)"]
+        for row, live in zip(rows, lives, strict=True):
+            latency = "-" if live is None else f"{live.latency_ms:.3g} ms"
+            row[at:at] = [latency, _percent(None if live is None else live.accuracy)]
+    return html_table(head, rows)
+
+
+def _measured(lived: Sequence[Beside]) -> list[str]:
+    """Each run of each bundle, with what the search predicts of it."""
+    if not lived:
+        return []
+    body = ["<h2>Predicted and measured</h2>"]
+    for each in lived:
+        body.append(f"<p><b>{escape(each.title)}</b>. {escape(each.about)}</p>")
+        if each.rows:
+            body.append(html_table(HEAD, [row.row() for row in each.rows]))
+    return body
+
+
 def _row(point: Point, best: frozenset[Point]) -> tuple[str, ...]:
     return (
         point.name,
@@ -130,12 +158,13 @@ def _energy(point: Point) -> str:
     return "-" if point.energy_mj is None else f"{point.energy_mj:.3g} mJ"
 
 
-def _plots(points: Sequence[Point], choice: Choice) -> list[str]:
+def _plots(points: Sequence[Point], choice: Choice, lived: Sequence[Beside]) -> list[str]:
     if not points:
         return []
+    found = {point: live for point in points if (live := live_of(point, lived)) is not None}
     latency: Callable[[Point], float | None] = lambda point: point.latency_ms  # noqa: E731
     plots = [
-        _scatter("accuracy against latency, ms", points, latency, _accuracy, choice),
+        _scatter("accuracy against latency, ms", points, latency, _accuracy, choice, found),
         _scatter("accuracy against bytes", points, lambda x: x.sent_bytes, _accuracy, choice),
         _scatter("accuracy against energy, mJ", points, lambda x: x.energy_mj, _accuracy, choice),
         _scatter(
@@ -152,11 +181,12 @@ def _plots(points: Sequence[Point], choice: Choice) -> list[str]:
         f'fill="{COLOURS[MARKS.index(each)]}"/></svg>{each}</span>'
         for each in used
     )
+    told = "; a hollow dot is what its fleet took and decided live, measured" if found else ""
     return [
         "<h2>How they compare</h2>",
         f'<p class="legend">{legend}<small>the ring is the plan to take; costs are estimated and '
         "on a logarithmic axis, accuracies measured; a plan that cannot decide without one of its "
-        "devices stands at 0 %</small></p>",
+        f"devices stands at 0 %{told}</small></p>",
         f'<div class="plots">{"".join(plots)}</div>',
     ]
 
@@ -171,8 +201,13 @@ def _scatter(
     across: Callable[[Point], float | None],
     up: Callable[[Point], float],
     choice: Choice,
+    lives: Mapping[Point, Live] | None = None,
 ) -> str:
-    """Plans as dots: a cost to the right, logarithmic, and an accuracy upwards."""
+    """Plans as dots: a cost to the right, logarithmic, and an accuracy upwards.
+
+    What was measured live stands beside its plan as a hollow dot, at the plan's accuracy where live
+    decisions had no labels.
+    """
     width, base, edge, top = 250, 130, 34, 10
     known = [
         (point, value, up(point))
@@ -181,16 +216,34 @@ def _scatter(
     ]
     if not known:
         return ""
-    costs = [log10(value) for _, value, _ in known]
+    hollow = {
+        point: (live.latency_ms, height if live.accuracy is None else live.accuracy)
+        for point, _, height in known
+        if (live := (lives or {}).get(point)) is not None and live.latency_ms > 0
+    }
+    costs = [log10(value) for _, value, _ in known] + [log10(x) for x, _ in hollow.values()]
     low, high = min(costs) - 0.05, max(costs) + 0.05
-    heights = [height for _, _, height in known]
+    heights = [height for _, _, height in known] + [height for _, height in hollow.values()]
     floor, ceiling = max(0.0, min(heights) - 0.02), min(1.0, max(heights) + 0.02)
+
+    def place(value: float, height: float) -> tuple[float, float]:
+        x = edge + (log10(value) - low) / (high - low) * width
+        return x, base - (height - floor) / max(ceiling - floor, 1e-9) * (base - top)
+
     dots = []
-    for (point, value, height), cost in zip(known, costs, strict=True):
-        x = edge + (cost - low) / (high - low) * width
-        y = base - (height - floor) / max(ceiling - floor, 1e-9) * (base - top)
+    for point, value, height in known:
+        x, y = place(value, height)
         colour = COLOURS[MARKS.index(point.candidate.method)]
         told = f"{point.name}: {value:.3g}, {height * 100:.2f} %"
+        if point in hollow:
+            own_x, own_y = place(*hollow[point])
+            said = f"{point.name}, live: {hollow[point][0]:.3g}, {hollow[point][1] * 100:.2f} %"
+            dots.append(
+                f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{own_x:.1f}" y2="{own_y:.1f}" '
+                f'stroke="{colour}" stroke-dasharray="2 2"/><circle class="live" '
+                f'cx="{own_x:.1f}" cy="{own_y:.1f}" r="3.6" fill="var(--paper)" '
+                f'stroke="{colour}" stroke-width="1.6"><title>{escape(said)}</title></circle>'
+            )
         ring = (
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="none" stroke="var(--ink)"/>'
             if point == choice.point
