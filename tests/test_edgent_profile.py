@@ -106,6 +106,14 @@ def test_layers_that_a_profile_does_not_know_are_named_together():
         DEMONSTRATION.of("paper-device").layer_ms([work("pad"), work("lstm"), work("fc")])
 
 
+def test_sum_of_a_residual_network_is_timed_as_what_the_paper_has_of_its_like():
+    paper = DEMONSTRATION.of("paper-device")
+
+    assert paper.layer_ms([work("join", input_size=1000)]) == paper.layer_ms(
+        [work("relu", input_size=1000)]
+    )
+
+
 def test_the_demonstration_is_the_papers():
     device, server = DEMONSTRATION.of("paper-device"), DEMONSTRATION.of("paper-server")
     conv = work("conv", input_maps=32, kernel_work=1600)
