@@ -28,7 +28,7 @@ TERMS: dict[str, tuple[str, ...]] = {
 }
 """What a kind of layer is fitted on; other kinds on the sizes of input and output."""
 STANDS_IN = {"mean": "pool", "join": "relu"}
-"""By what a kind of layer is predicted that a profile does not have: a sum of two is elementwise."""
+"""By what a kind of layer is predicted that a profile does not have; sums are elementwise too."""
 PAPER_TERMS: dict[str, tuple[str, ...]] = {
     "conv": ("input_maps", "kernel_work"),
     "relu": ("input_size",),
