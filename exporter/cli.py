@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -214,6 +215,12 @@ def _targets(context: click.Context, option: click.Parameter, text: str) -> tupl
     callback=_targets,
     help=f"What microcontrollers' pieces are written as: {', '.join(TARGET_NAMES)}.",
 )
+@click.option(
+    "--take",
+    metavar="PLAN",
+    help="With --method auto: not the best plan, but this one of those that `shoal plan` names, "
+    "such as 'layerwise on eye-0 eye-1'; it is trained if it was not.",
+)
 def export(
     model: Path | None,
     data: str | None,
@@ -223,6 +230,7 @@ def export(
     as_float: bool,
     allow_drift: bool,
     targets: tuple[str, ...],
+    take: str | None,
     as_json: bool,
     **chosen: Any,
 ) -> None:
@@ -237,12 +245,15 @@ def export(
 
     if data is None:
         raise click.UsageError("Missing option '--data'.")
+    if take is not None and method != AUTO:
+        raise click.UsageError("--take names one of all plans: --method auto")
     dtype: Literal["int8", "float32"] = "float32" if as_float else "int8"
     with _progress() as progress:
         if method == AUTO:
-            from exporter.planner.command import export_best
+            from exporter.planner.command import export_best, export_named
 
-            manifest, sentence = export_best(
+            write = export_best if take is None else partial(export_named, take)
+            manifest, sentence = write(
                 model,
                 data,
                 fleet,

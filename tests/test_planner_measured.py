@@ -154,6 +154,40 @@ def test_bundles_without_measurements_are_all_named_before_the_search(tmp_path):
     assert "try " not in said.stderr
 
 
+def test_any_plan_of_the_table_can_be_exported_to_be_measured(tmp_path):
+    name = "single --device pi-door on pi-door"
+
+    said = shoal(
+        *("export", model_file(), *inputs()[1:5], "--method", "auto", "--take", name, *BUDGET),
+        *("--cache", home() / "live", "-o", tmp_path / "taken"),
+    )
+    told = json.loads(plan("--json", "--report", tmp_path / "page.html").stdout)
+
+    assert said.exit_code == 0, said.output
+    assert f"{name}: " in said.stderr
+    way = read_manifest(tmp_path / "taken").plan.strategies[0]
+    assert [node.device for node in way.nodes] == ["pi-door"]
+    assert told["trained"] == 0
+    assert ["pi-door"] in [row["devices"] for row in told["plans"] if row["trained"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--method", "auto", "--take", "snn on pi-dor"), "no plan is called 'snn on pi-dor'"),
+        (("--method", "snn", "--take", "snn"), "--method auto"),
+    ],
+)
+def test_plan_that_cannot_be_taken_is_said(tmp_path, arguments: tuple[str, ...], told: str):
+    said = shoal(
+        *("export", model_file(), *inputs()[1:5], *BUDGET, "--cache", home() / "live"),
+        *("-o", tmp_path / "bundle", *arguments),
+    )
+
+    assert said.exit_code == 2
+    assert told in said.stderr
+
+
 @pytest.mark.parametrize(
     "arguments", [("--what-if", "add 2 pi-4"), ("--from", "bundle"), ("--method", "snn")]
 )

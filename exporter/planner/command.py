@@ -5,6 +5,7 @@ Light to import: a search brings TensorFlow, a what-if does not.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from agent.protocol.errors import PlanDoesNotFit
+from agent.protocol.errors import DataError, PlanDoesNotFit
 from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest
 from agent.protocol.units import format_bytes
@@ -121,6 +122,71 @@ def export_best(
             "\n".join(_reasons(found.known)), "add devices, or give larger budgets"
         )
     return write_taken(bundle_of(task, taken.candidate), fleet, out), found.choice.sentence
+
+
+def export_named(
+    name: str,
+    model: Path | None,
+    data: str,
+    fleet: Path,
+    out: Path,
+    chosen: Mapping[str, Any],
+    fixed: Mapping[str, Mapping[str, Any]],
+    progress: Progress,
+    *,
+    dtype: Literal["int8", "float32"],
+    targets: tuple[str, ...],
+) -> tuple[Manifest, str]:
+    """Write the bundle of the plan with this name, trained now if no search has.
+
+    It is kept as a search's own: the next one has it among those trained.
+
+    Returns:
+        Its manifest, and what is known of it.
+
+    Raises:
+        DataError: no plan of this fleet is called so.
+        PlanDoesNotFit: it cannot be made.
+        ShoalError: as `search.search`.
+    """
+    from dataclasses import replace
+
+    from exporter.bundle import check_target
+    from exporter.methods.snn.search import ResultCache, Workers, map_cached
+
+    from .evaluate import evaluate, outcome_of, result_key
+    from .saved import FOLDER
+    from .search import begin
+
+    check_target(out)
+    task = replace(_task(model, data, fleet, chosen), dtype=dtype, targets=targets)
+    wish, _ = _aims(chosen)
+    state = begin(task, wish, fixed)
+    plans = {candidate.name: candidate for candidate in state.space(state.fleet)}
+    wanted = " ".join(name.split())
+    # The table names a plan's strategies too: "edgent on eye (device)".
+    candidate = plans.get(wanted) or plans.get(wanted.rpartition(" (")[0])
+    if candidate is None:
+        close = difflib.get_close_matches(wanted, plans, n=3, cutoff=0.0)
+        raise DataError(f"no plan is called {wanted!r}", f"there are: {'; '.join(close)}; ...")
+    progress(f"make {candidate.name}", 0, 1)
+    key = result_key(task, candidate, state.fleet)
+    (result,) = map_cached(
+        evaluate,
+        task,
+        [candidate],
+        lambda _: key,
+        cache=ResultCache(task.cache / FOLDER),
+        workers=Workers(1),
+    )
+    outcome = outcome_of(result)
+    if outcome.manifest is None:
+        raise PlanDoesNotFit(f"{candidate.name}: {outcome.refused}", "take another plan")
+    best = max(outcome.judged.values())
+    return write_taken(result, fleet, out), (
+        f"{candidate.name}: {best * 100:.2f} % right (measured on {state.judged_by} samples held "
+        "out for choosing)."
+    )
 
 
 def write_taken(result: Mapping[str, Any], fleet: Path, out: Path) -> Manifest:
