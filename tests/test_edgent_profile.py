@@ -102,14 +102,15 @@ def test_folded_layers_are_free_where_they_are_fused():
 
 
 def test_layers_that_a_profile_does_not_know_are_named_together():
-    with pytest.raises(UnsupportedLayer, match="does not know: lstm, pad"):
-        DEMONSTRATION.of("paper-device").layer_ms([work("pad"), work("lstm"), work("fc")])
+    with pytest.raises(UnsupportedLayer, match="does not know: gru, lstm"):
+        DEMONSTRATION.of("paper-device").layer_ms([work("lstm"), work("gru"), work("fc")])
 
 
-def test_sum_of_a_residual_network_is_timed_as_what_the_paper_has_of_its_like():
+@pytest.mark.parametrize("kind", ["join", "pad"])
+def test_layers_of_a_residual_network_are_timed_as_what_the_paper_has_of_their_like(kind: str):
     paper = DEMONSTRATION.of("paper-device")
 
-    assert paper.layer_ms([work("join", input_size=1000)]) == paper.layer_ms(
+    assert paper.layer_ms([work(kind, input_size=1000)]) == paper.layer_ms(
         [work("relu", input_size=1000)]
     )
 

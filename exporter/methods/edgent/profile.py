@@ -27,8 +27,8 @@ TERMS: dict[str, tuple[str, ...]] = {
     "fc": ("parameters", "input_size"),
 }
 """What a kind of layer is fitted on; other kinds on the sizes of input and output."""
-STANDS_IN = {"mean": "pool", "join": "relu"}
-"""By what a kind of layer is predicted that a profile does not have; sums are elementwise too."""
+STANDS_IN = {"mean": "pool", "join": "relu", "pad": "relu"}
+"""By what a kind of layer is predicted that a profile does not have."""
 PAPER_TERMS: dict[str, tuple[str, ...]] = {
     "conv": ("input_maps", "kernel_work"),
     "relu": ("input_size",),
