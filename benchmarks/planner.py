@@ -177,12 +177,13 @@ def rows(result: dict[str, Any]) -> list[Row]:
     found = []
     for each in result["fleets"]:
         chosen, best = each["chosen"], each["best"]
-        points = 100 * (best["accuracy"] - chosen["accuracy"])
+        # By data that neither search chose by: the best of many looks better than it is.
+        points = 100 * (best["test_accuracy"] - chosen["test_accuracy"])
         slower = chosen["latency_ms"] / best["latency_ms"] - 1
         share = each["planner_s"] / each["exhaustive_s"]
         found.append(
             Row(
-                f"{each['fleet']}: chosen plan against the best of all {each['space']}",
+                f"{each['fleet']}: chosen plan against the best of all {each['space']}, test data",
                 f"within {GAP_POINTS} points and {GAP_LATENCY:.0%} latency",
                 f"{max(points, 0.0):.2f} points, {max(slower, 0.0):.1%}",
                 points <= GAP_POINTS + 1e-9 and slower <= GAP_LATENCY + 1e-9,
@@ -214,9 +215,10 @@ def draw() -> str:
     lines = ["# The planner", "", HEADER, *map(str, rows(result)), ""]
     lines += [
         "A small network for digits and dense students, so that whole spaces can be trained. "
-        "Chosen by held-out samples, of which one is 0.57 points; latencies are estimated.",
+        "Chosen by held-out samples, of which one is 0.57 points, and compared by test samples; "
+        "latencies are estimated.",
         "",
-        "| fleet | trained | chosen | accuracy | latency | best of all | accuracy "
+        "| fleet | trained | chosen | held-out, test | latency | best of all | held-out, test "
         "| latency |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -225,7 +227,7 @@ def draw() -> str:
         for row in (each["chosen"], each["best"]):
             cells += [
                 row["plan"],
-                f"{row['accuracy'] * 100:.2f} %",
+                f"{row['accuracy'] * 100:.2f}, {row['test_accuracy'] * 100:.2f} %",
                 f"{row['latency_ms']:.3g} ms",
             ]
         lines.append(f"| {' | '.join(cells)} |")
