@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.datasets import SHARED, npz_path
 from benchmarks.record import BRIEF, HEADER, Row, circumstances, load, machine_line, report
@@ -150,10 +151,14 @@ def _fully_connected(inputs: int, units: int) -> bytes:
     return graph.finish([x], [y])
 
 
+def layer_input(size: int) -> NDArray[np.int8]:
+    """What a single layer is given: (1, size) int8."""
+    return np.random.default_rng(1).integers(-128, 128, (1, size)).astype(np.int8)
+
+
 def _layer(tflite: bytes, targets: Sequence[str]) -> dict[str, Any]:
     piece = generate(tflite, "piece")
-    rng = np.random.default_rng(1)
-    stored = rng.integers(-128, 128, (1, piece.input_bytes)).astype(np.int8)
+    stored = layer_input(piece.input_bytes)
     with tempfile.TemporaryDirectory() as name:
         write_piece(piece, Path(name))
         counts = {

@@ -124,7 +124,7 @@ def spatial(size: int, kernel: int, stride: int, dilation: int, padding: str) ->
 
 
 def convolution(
-    rng, kind: str, dtype: str = "INT8", nine_taps: int = 0
+    rng, kind: str, dtype: str = "INT8", nine_taps: int = 0, most_channels: int = 5
 ) -> tuple[bytes, tuple[int, ...]]:
     """A random convolution of one of KINDS. nine_taps: 3 x 3 with this stride, if any."""
     height, width = (int(rng.integers(3, 10)) for _ in range(2))
@@ -135,7 +135,7 @@ def convolution(
     if nine_taps:
         kernel, dilation, stride = [3, 3], (1, 1), (nine_taps, nine_taps)
     groups = int(rng.integers(2, 4)) if kind == "grouped" else 1
-    channels = groups * int(rng.integers(1, 6))
+    channels = groups * int(rng.integers(1, most_channels + 1))
     filters = groups * int(rng.integers(1, 6))
     if kind == "pointwise":
         kernel, dilation = [1, 1], (1, 1)

@@ -573,18 +573,19 @@ def _depthwise(context: _Context, operator: Operator) -> Step:
         return _convolution(
             context, operator, weights, grouped, rows, columns, channels, multipliers, more
         )
-    pixel = _even(channels)
-    padded = np.zeros((kernel_height, kernel_width, pixel), np.int8)
-    padded[..., :channels] = data[0]
-    packed = padded.reshape(kernel_height * kernel_width, -1, 2).transpose(1, 0, 2)
+    in_order = data[0].transpose(2, 0, 1).reshape(-1)
+    # The kernel reads a row of three taps as a word.
+    packed = np.append(in_order, np.zeros(-len(in_order) % 4 or 4, np.int8))
     biases = _biases(context, operator, count)
     reach = max(127 - x.zero_point, 128 + x.zero_point)
     sums = np.abs(data[0].astype(np.int64)).sum(axis=(0, 1)) * reach + np.abs(biases)
-    factors = _factors(biases, multipliers, sums, output.zero_point, range(count), pixel)
+    factors = _factors(biases, multipliers, sums, output.zero_point, range(count), count)
     low, high = _range(operator, output)
     ring_columns = (columns.out - 1) * columns.stride + (kernel_width - 1) * columns.dilation + 1
-    ring_row = _even(max(ring_columns, columns.pad) * pixel + 4)
+    plane = _even(max(ring_columns, columns.pad))
+    beyond = 4 * columns.stride  # pixels are computed together, even where there are none
     ring_rows = (kernel_height - 1) * rows.dilation + 1
+    nine = kernel_height == kernel_width == 3 and columns.dilation == 1 and columns.stride <= 2
     fields = {
         "weights": "{name}_weights",
         "channels": "{name}_channels",
@@ -602,14 +603,14 @@ def _depthwise(context: _Context, operator: Operator) -> Step:
         "pad_top": rows.pad,
         "pad_left": columns.pad,
         "ring_rows": ring_rows,
-        "ring_row": ring_row,
         "ring_columns": ring_columns,
-        "pixel": pixel,
+        "plane": plane,
         "in_zero": x.zero_point,
         "out_zero": output.zero_point,
         "low": low,
         "high": high,
         "fast": factors.fast,
+        "nine": nine,
     }
     _check_sizes(fields)
     return Step(
@@ -619,13 +620,11 @@ def _depthwise(context: _Context, operator: Operator) -> Step:
         "shoal_depthwise(&{name}, {in0}, {out}, {scratch})",
         _about(operator, [x], output, more),
         (
-            _struct("shoal_depthwise", fields, 56),
+            _struct("shoal_depthwise", fields, 52),
             _table("int8_t", "_weights", packed),
-            Constant("struct shoal_channel", "_channels", factors.rows, 16 * pixel),
+            Constant("struct shoal_channel", "_channels", factors.rows, 16 * channels),
         ),
-        kernel_height * _POINTER_BYTES
-        + ring_rows * ring_row * 2
-        + kernel_height * kernel_width * 4,
+        kernel_height * _POINTER_BYTES + (ring_rows * channels * plane + beyond) * 2,
         (_rows_behind(rows, columns.size * channels, columns.out * channels),),
         rows.out * columns.out * data.size,
     )

@@ -1,5 +1,6 @@
 #include "shoal_kernels.h"
 
+#include <stdbool.h>
 #include <string.h>
 
 #if defined(SHOAL_MVE)
@@ -168,6 +169,8 @@ static inline int8_t output_byte(const struct output *o, const struct shoal_chan
 
 /* ---- the ring of widened rows --------------------------------------------------------------- */
 
+#if !defined(SHOAL_MVE)
+
 /* count bytes less zero, as int16. */
 static void widen(const int8_t *from, int16_t *to, uint32_t count, int32_t zero)
 {
@@ -247,6 +250,8 @@ static void ring_fill(struct ring *r, const int8_t *input, uint32_t first, uint3
         ring_read(r, input, r->next);
     }
 }
+
+#endif
 
 /* ---- convolutions --------------------------------------------------------------------------- */
 
@@ -839,269 +844,359 @@ void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output,
 
 #endif /* SHOAL_MVE */
 
+/* ---- depthwise convolutions, a channel at a time -------------------------------------------- */
+
 #if defined(SHOAL_DSP)
 
-/* A row of two channels as the assembly reads it, by offset; it counts `to` and `blocks`. */
-struct depthwise_job {
-    const int16_t *const *rows;
-    uint32_t row_count;
-    uint32_t taps;       /* of a row */
-    uint32_t tap_bytes;  /* from a tap to the next */
-    uint32_t step_bytes; /* from a pixel to the next */
-    const uint32_t *pairs;
+#if !defined(SHOAL_MVE)
+
+/* A row of all channels of a 3 x 3 kernel as the assembly reads it, by offset; what changes from
+ * channel to channel it writes. */
+struct planes_job {
+    uint32_t pairs[6]; /* of three rows: taps 0 and 1, taps 1 and 2 */
+    int32_t multiplier, rounding;
+    uint32_t right, doubled;
+    const int16_t *rows[3];
     int8_t *to;
-    uint32_t pitch;  /* channels */
-    uint32_t blocks; /* of two pixels, at least one */
-    uint32_t byte;   /* of the channel in a pixel */
+    const int8_t *weights;
     const struct shoal_channel *channels;
+    uint32_t plane_bytes;
+    uint32_t pitch;  /* channels */
+    uint32_t pixels; /* at least one */
+    uint32_t left;   /* channels that are left, at least one */
 };
 
-#define SHOAL_TAP(weights, x0, x1)                                                                 \
-    "smlabb r4, " x0 ", " weights ", r4\n\t"                                                       \
-    "smlatt r5, " x0 ", " weights ", r5\n\t"                                                       \
-    "smlabb r6, " x1 ", " weights ", r6\n\t"                                                       \
-    "smlatt r7, " x1 ", " weights ", r7\n\t"
+/* Three weights as two pairs. */
+#define SHOAL_PAIRS(from, to)                                                                      \
+    "ldr r4, [r0, #" from "]\n\t"                                                                  \
+    "sxtb16 r5, r4\n\t"                                                                            \
+    "sxtb16 r6, r4, ror #8\n\t"                                                                    \
+    "pkhbt r8, r5, r6, lsl #16\n\t"                                                                \
+    "pkhbt r9, r6, r5\n\t"                                                                         \
+    "strd r8, r9, [r12, #" to "]\n\t"
 
-/* Blocks of two pixels times two channels, for fast layers; clamped to int8 only. r0 pairs of
- * weights, r1 and r2 pixels, r3 taps left, r4..r7 sums as in fast_row, r12 from tap to tap. */
-__attribute__((naked, noinline)) static void
-fast_depthwise(struct depthwise_job *job __attribute__((unused)))
-{
-    __asm__ volatile("push {r4, r5, r6, r7, r8, r9, r10, r11, lr}\n\t"
-                     "sub sp, sp, #28\n\t" /* byte, rows, their count, taps, tap, step, job */
-                     "ldr r1, [r0, #36]\n\t"
-                     "str r1, [sp]\n\t"
-                     "ldrd r1, r2, [r0, #8]\n\t"
-                     "strd r1, r2, [sp, #12]\n\t"
-                     "ldr r1, [r0, #16]\n\t"
-                     "strd r1, r0, [sp, #20]\n\t"
-                     "mov r12, r0\n\t"
-                     "1:\n\t"
-                     "ldrd r8, r9, [r12]\n\t"
-                     "strd r8, r9, [sp, #4]\n\t"
-                     "ldr r0, [r12, #20]\n\t"
-                     "ldr r3, [r12, #40]\n\t"
-                     "ldr r4, [r3]\n\t"
-                     "ldr r5, [r3, #16]\n\t"
-                     "mov r6, r4\n\t"
-                     "mov r7, r5\n\t"
-                     "2:\n\t"
-                     "ldmia sp, {r1, r8, r9, r10, r12, lr}\n\t"
-                     "ldr r2, [r8], #4\n\t"
-                     "sub r9, r9, #1\n\t"
-                     "strd r8, r9, [sp, #4]\n\t"
-                     "add r1, r1, r2\n\t"
-                     "add r2, r1, lr\n\t"
-                     "cmp r10, #3\n\t"
-                     "bne 3f\n\t"
-                     "ldmia r0!, {r8, r9, r10}\n\t"
-                     "ldr r11, [r1]\n\t"
-                     "ldr lr, [r2]\n\t"
-                     SHOAL_TAP("r8", "r11", "lr")
-                     "ldr r11, [r1, r12]\n\t"
-                     "ldr lr, [r2, r12]\n\t"
-                     SHOAL_TAP("r9", "r11", "lr")
-                     "ldr r11, [r1, r12, lsl #1]\n\t"
-                     "ldr lr, [r2, r12, lsl #1]\n\t"
-                     SHOAL_TAP("r10", "r11", "lr")
-                     "b 4f\n\t"
-                     "3:\n\t"
-                     "ldr r8, [r0], #4\n\t"
-                     "ldr r11, [r1]\n\t"
-                     "ldr lr, [r2]\n\t"
-                     "add r1, r1, r12\n\t"
-                     "add r2, r2, r12\n\t"
-                     SHOAL_TAP("r8", "r11", "lr")
-                     "subs r10, r10, #1\n\t"
-                     "bne 3b\n\t"
-                     "4:\n\t"
-                     "ldr r9, [sp, #8]\n\t"
-                     "cmp r9, #0\n\t"
-                     "bne 2b\n\t"
-                     "ldr r12, [sp, #24]\n\t"
-                     "ldr r3, [r12, #40]\n\t"
-                     "ldrd r1, r2, [r12, #24]\n\t"
-                     "ldrd r8, r9, [r3, #4]\n\t"
-                     "ldrb r10, [r3, #14]\n\t"
-                     "ldrb r11, [r3, #13]\n\t"
-                     SHOAL_OUTPUT("r4")
-                     SHOAL_OUTPUT("r6")
-                     "ldrd r8, r9, [r3, #20]\n\t"
-                     "ldrb r10, [r3, #30]\n\t"
-                     "ldrb r11, [r3, #29]\n\t"
-                     SHOAL_OUTPUT("r5")
-                     SHOAL_OUTPUT("r7")
-                     "strb r5, [r1, #1]\n\t"
-                     "strb r4, [r1]\n\t"
-                     "add r1, r1, r2\n\t"
-                     "strb r7, [r1, #1]\n\t"
-                     "strb r6, [r1]\n\t"
-                     "add r1, r1, r2\n\t"
-                     "ldr r3, [sp]\n\t"
-                     "ldr r4, [sp, #20]\n\t"
-                     "ldr r5, [r12, #32]\n\t"
-                     "add r3, r3, r4, lsl #1\n\t"
-                     "str r3, [sp]\n\t"
-                     "str r1, [r12, #24]\n\t"
-                     "subs r5, r5, #1\n\t"
-                     "str r5, [r12, #32]\n\t"
-                     "bne 1b\n\t"
-                     "add sp, sp, #28\n\t"
-                     "pop {r4, r5, r6, r7, r8, r9, r10, r11, pc}\n\t");
-}
-
-/* Three taps of a row of a 3 x 3 kernel, whose ring row is at [sp, place]. */
-#define SHOAL_THREE_TAPS(place)                                                                    \
-    "ldr r1, [sp, #" place "]\n\t"                                                                 \
-    "ldr r2, [sp, #12]\n\t"                                                                        \
-    "add r1, r1, r3\n\t"                                                                           \
-    "add r2, r1, r2\n\t"                                                                           \
-    "ldmia r0!, {r8, r9, r10}\n\t"                                                                 \
-    "ldr r11, [r1]\n\t"                                                                            \
-    "ldr lr, [r2]\n\t"                                                                             \
-    SHOAL_TAP("r8", "r11", "lr")                                                                   \
-    "ldr r11, [r1, r12]\n\t"                                                                       \
-    "ldr lr, [r2, r12]\n\t"                                                                        \
-    SHOAL_TAP("r9", "r11", "lr")                                                                   \
-    "ldr r11, [r1, r12, lsl #1]\n\t"                                                               \
-    "ldr lr, [r2, r12, lsl #1]\n\t"                                                                \
-    SHOAL_TAP("r10", "r11", "lr")
-
-/* The same where the second pixel lies at the second tap of the first: four values, not six. */
-#define SHOAL_SHARED_TAPS(place)                                                                   \
-    "ldr r1, [sp, #" place "]\n\t"                                                                 \
-    "add r2, r12, r12, lsl #1\n\t"                                                                 \
-    "add r1, r1, r3\n\t"                                                                           \
-    "ldmia r0!, {r8, r9, r10}\n\t"                                                                 \
-    "ldr r11, [r1]\n\t"                                                                            \
-    "ldr lr, [r1, r12]\n\t"                                                                        \
-    SHOAL_TAP("r8", "r11", "lr")                                                                   \
-    "ldr r11, [r1, r12, lsl #1]\n\t"                                                               \
-    SHOAL_TAP("r9", "lr", "r11")                                                                   \
-    "ldr lr, [r1, r2]\n\t"                                                                         \
-    SHOAL_TAP("r10", "r11", "lr")
-
-/* As fast_depthwise, of 3 x 3 taps. On the stack: three rows, step, byte, job. */
-#define SHOAL_NINE_TAPS(three)                                                                     \
+/* To the loop over pixels: r0..r2 rows, r3 output, r10 bias, r11 pitch, r12 job, lr pixels left. */
+#define SHOAL_PLANE_START                                                                          \
     "push {r4, r5, r6, r7, r8, r9, r10, r11, lr}\n\t"                                              \
-    "sub sp, sp, #28\n\t"                                                                          \
-    "ldr r1, [r0]\n\t"                                                                             \
-    "ldmia r1, {r2, r3, r4}\n\t"                                                                   \
-    "stmia sp, {r2, r3, r4}\n\t"                                                                   \
-    "ldr r12, [r0, #12]\n\t"                                                                       \
-    "ldr r1, [r0, #16]\n\t"                                                                        \
-    "ldr r2, [r0, #36]\n\t"                                                                        \
-    "strd r1, r2, [sp, #12]\n\t"                                                                   \
-    "str r0, [sp, #20]\n\t"                                                                        \
+    "mov r12, r0\n\t"                                                                              \
     "1:\n\t"                                                                                       \
-    "ldr lr, [sp, #20]\n\t"                                                                        \
-    "ldr r0, [lr, #20]\n\t"                                                                        \
-    "ldr r3, [lr, #40]\n\t"                                                                        \
-    "ldr r4, [r3]\n\t"                                                                             \
-    "ldr r5, [r3, #16]\n\t"                                                                        \
-    "mov r6, r4\n\t"                                                                               \
-    "mov r7, r5\n\t"                                                                               \
-    "ldr r3, [sp, #16]\n\t"                                                                        \
-    three("0") three("4") three("8")                                                               \
-    "ldr lr, [sp, #20]\n\t"                                                                        \
-    "ldr r3, [lr, #40]\n\t"                                                                        \
-    "ldrd r1, r2, [lr, #24]\n\t"                                                                   \
-    "ldrd r8, r9, [r3, #4]\n\t"                                                                    \
-    "ldrb r10, [r3, #14]\n\t"                                                                      \
-    "ldrb r11, [r3, #13]\n\t"                                                                      \
-    SHOAL_OUTPUT("r4")                                                                             \
-    SHOAL_OUTPUT("r6")                                                                             \
-    "ldrd r8, r9, [r3, #20]\n\t"                                                                   \
-    "ldrb r10, [r3, #30]\n\t"                                                                      \
-    "ldrb r11, [r3, #29]\n\t"                                                                      \
-    SHOAL_OUTPUT("r5")                                                                             \
-    SHOAL_OUTPUT("r7")                                                                             \
-    "strb r5, [r1, #1]\n\t"                                                                        \
-    "strb r4, [r1]\n\t"                                                                            \
-    "add r1, r1, r2\n\t"                                                                           \
-    "strb r7, [r1, #1]\n\t"                                                                        \
-    "strb r6, [r1]\n\t"                                                                            \
-    "add r1, r1, r2\n\t"                                                                           \
-    "ldrd r4, r3, [sp, #12]\n\t"                                                                   \
-    "ldr r5, [lr, #32]\n\t"                                                                        \
-    "add r3, r3, r4, lsl #1\n\t"                                                                   \
-    "str r3, [sp, #16]\n\t"                                                                        \
-    "str r1, [lr, #24]\n\t"                                                                        \
-    "subs r5, r5, #1\n\t"                                                                          \
-    "str r5, [lr, #32]\n\t"                                                                        \
+    "ldr r0, [r12, #56]\n\t"                                                                       \
+    SHOAL_PAIRS("0", "0")                                                                          \
+    SHOAL_PAIRS("3", "8")                                                                          \
+    SHOAL_PAIRS("6", "16")                                                                         \
+    "add r0, r0, #9\n\t"                                                                           \
+    "ldr r1, [r12, #60]\n\t"                                                                       \
+    "ldmia r1!, {r4, r5, r6, r7}\n\t"                                                              \
+    "strd r0, r1, [r12, #56]\n\t"                                                                  \
+    "strd r5, r6, [r12, #24]\n\t"                                                                  \
+    "ubfx r8, r7, #8, #8\n\t"                                                                      \
+    "ubfx r9, r7, #16, #8\n\t"                                                                     \
+    "strd r8, r9, [r12, #32]\n\t"                                                                  \
+    "mov r10, r4\n\t"                                                                              \
+    "ldr r11, [r12, #64]\n\t"                                                                      \
+    "add lr, r12, #40\n\t"                                                                         \
+    "ldmia lr, {r0, r1, r2, r3}\n\t"                                                               \
+    "add r4, r0, r11\n\t"                                                                          \
+    "add r5, r1, r11\n\t"                                                                          \
+    "add r6, r2, r11\n\t"                                                                          \
+    "add r7, r3, #1\n\t"                                                                           \
+    "stmia lr, {r4, r5, r6, r7}\n\t"                                                               \
+    "ldrd r11, lr, [r12, #68]\n\t"                                                                 \
+    "2:\n\t"
+
+/* Sums r4 and r5 to bytes; the second only if there are two pixels left. */
+#define SHOAL_PLANE_OUTPUT                                                                         \
+    "ldrd r8, r9, [r12, #24]\n\t"                                                                  \
+    "ldrd r6, r7, [r12, #32]\n\t"                                                                  \
+    "lsl r4, r4, r7\n\t"                                                                           \
+    "lsl r5, r5, r7\n\t"                                                                           \
+    "smmulr r4, r4, r8\n\t"                                                                        \
+    "smmulr r5, r5, r8\n\t"                                                                        \
+    "add r4, r4, r4, asr #31\n\t"                                                                  \
+    "add r5, r5, r5, asr #31\n\t"                                                                  \
+    "add r4, r4, r9\n\t"                                                                           \
+    "add r5, r5, r9\n\t"                                                                           \
+    "asr r4, r4, r6\n\t"                                                                           \
+    "asr r5, r5, r6\n\t"                                                                           \
+    "ssat r4, #8, r4\n\t"                                                                          \
+    "ssat r5, #8, r5\n\t"                                                                          \
+    "strb r4, [r3]\n\t"                                                                            \
+    "subs lr, lr, #2\n\t"                                                                          \
+    "it pl\n\t"                                                                                    \
+    "strbpl r5, [r3, r11]\n\t"                                                                     \
+    "add r3, r3, r11, lsl #1\n\t"                                                                  \
+    "bgt 2b\n\t"                                                                                   \
+    "ldr r4, [r12, #76]\n\t"                                                                       \
+    "subs r4, r4, #1\n\t"                                                                          \
+    "str r4, [r12, #76]\n\t"                                                                       \
     "bne 1b\n\t"                                                                                   \
-    "add sp, sp, #28\n\t"                                                                          \
     "pop {r4, r5, r6, r7, r8, r9, r10, r11, pc}\n\t"
 
+/* Three taps of two pixels beside each other; sum4 and sum5: what the sums so far are in. */
+#define SHOAL_NEAR_TAPS(row, weights, sum4, sum5)                                                  \
+    "ldrd r6, r7, [" row "], #4\n\t"                                                               \
+    "ldrd r8, r9, [r12, #" weights "]\n\t"                                                         \
+    "smlad r4, r6, r8, " sum4 "\n\t"                                                               \
+    "smlatb r5, r6, r8, " sum5 "\n\t"                                                              \
+    "smlabt r4, r7, r9, r4\n\t"                                                                    \
+    "smlad r5, r7, r9, r5\n\t"
+
+/* The same of two pixels with a stride of 2. */
+#define SHOAL_FAR_TAPS(row, weights, sum4, sum5)                                                   \
+    "ldrd r6, r7, [" row "], #8\n\t"                                                               \
+    "ldrd r8, r9, [r12, #" weights "]\n\t"                                                         \
+    "smlad r4, r6, r8, " sum4 "\n\t"                                                               \
+    "ldr r6, [" row "]\n\t"                                                                        \
+    "smlad r5, r7, r8, " sum5 "\n\t"                                                               \
+    "smlabt r4, r7, r9, r4\n\t"                                                                    \
+    "smlabt r5, r6, r9, r5\n\t"
+
+/* For fast layers; clamped to int8 only. */
 __attribute__((naked, noinline)) static void
-fast_nine_taps(struct depthwise_job *job __attribute__((unused)))
+nine_near_taps(struct planes_job *job __attribute__((unused)))
 {
-    __asm__ volatile(SHOAL_NINE_TAPS(SHOAL_THREE_TAPS));
+    __asm__ volatile(SHOAL_PLANE_START
+                     SHOAL_NEAR_TAPS("r0", "0", "r10", "r10")
+                     SHOAL_NEAR_TAPS("r1", "8", "r4", "r5")
+                     SHOAL_NEAR_TAPS("r2", "16", "r4", "r5")
+                     SHOAL_PLANE_OUTPUT);
 }
 
 __attribute__((naked, noinline)) static void
-fast_nine_shared_taps(struct depthwise_job *job __attribute__((unused)))
+nine_far_taps(struct planes_job *job __attribute__((unused)))
 {
-    __asm__ volatile(SHOAL_NINE_TAPS(SHOAL_SHARED_TAPS));
+    __asm__ volatile(SHOAL_PLANE_START
+                     SHOAL_FAR_TAPS("r0", "0", "r10", "r10")
+                     SHOAL_FAR_TAPS("r1", "8", "r4", "r5")
+                     SHOAL_FAR_TAPS("r2", "16", "r4", "r5")
+                     SHOAL_PLANE_OUTPUT);
 }
 
 #endif
 
-/* One row of two channels, which lie together in the ring. */
-static void depthwise_row(const struct shoal_depthwise *k, const int16_t *const *rows,
-                          const struct output *o, const int8_t *weights,
-                          const struct shoal_channel *c, uint32_t channel, uint32_t *pairs,
-                          int8_t *to, uint32_t outputs)
+/* Pairs of pixels of four channels, to words of four planes. channels: bytes from a pixel to the
+ * next; plane: bytes; offset: less the zero point, twice. */
+__attribute__((noinline)) static void four_planes(const int8_t *from, uint32_t channels,
+                                                  uint32_t pairs, uint32_t offset, int16_t *to,
+                                                  uint32_t plane)
 {
-    const uint32_t tap_step = (uint32_t)k->dilation_x * k->pixel;
-    const uint32_t step = (uint32_t)k->stride_x * k->pixel;
-    const uint32_t pitch = k->channel_count;
-    uint32_t at = channel;
-    uint32_t x = 0U;
-#if defined(SHOAL_DSP)
-    const uint32_t blocks = k->out_width / 2U;
-    if ((blocks != 0U) && (o->fast != 0U) && (outputs == 2U)) {
-        const uint32_t taps = (uint32_t)k->kernel_height * k->kernel_width;
-        for (uint32_t tap = 0U; tap < taps; tap++) {
-            pairs[tap] = ((uint32_t)weights[2U * tap] & 0xFFFFU) |
-                         ((uint32_t)weights[2U * tap + 1U] << 16);
+    const uint32_t last = 3U * plane;
+    __asm__ volatile("1:\n\t"
+                     "ldr r4, [%[from]]\n\t"
+                     "ldr r5, [%[from], %[channels]]\n\t"
+                     "sxtab16 r6, %[offset], r4\n\t"
+                     "sxtab16 r4, %[offset], r4, ror #8\n\t"
+                     "sxtab16 r8, %[offset], r5\n\t"
+                     "sxtab16 r5, %[offset], r5, ror #8\n\t"
+                     "pkhbt r9, r4, r5, lsl #16\n\t"
+                     "str r9, [%[to], %[plane]]\n\t"
+                     "pkhtb r9, r8, r6, asr #16\n\t"
+                     "str r9, [%[to], %[plane], lsl #1]\n\t"
+                     "pkhtb r9, r5, r4, asr #16\n\t"
+                     "str r9, [%[to], %[last]]\n\t"
+                     "pkhbt r9, r6, r8, lsl #16\n\t"
+                     "str r9, [%[to]], #4\n\t"
+                     "add %[from], %[from], %[channels], lsl #1\n\t"
+                     "subs %[pairs], %[pairs], #1\n\t"
+                     "bne 1b\n\t"
+                     : [from] "+r"(from), [to] "+r"(to), [pairs] "+r"(pairs)
+                     : [channels] "r"(channels), [offset] "r"(offset), [plane] "r"(plane),
+                       [last] "r"(last)
+                     : "r4", "r5", "r6", "r8", "r9", "cc", "memory");
+}
+
+#endif
+
+/* Columns begin .. end - 1 of `count` channels, each to its plane. */
+static void planes(const struct shoal_depthwise *k, const int8_t *from, uint32_t begin,
+                   uint32_t end, uint32_t count, int16_t *to)
+{
+    const uint32_t channels = k->channel_count;
+    const uint32_t plane = k->plane;
+    const int32_t zero = k->in_zero;
+    from += begin * channels;
+    for (uint32_t x = begin; x < end; x++) {
+        int16_t *at = to + x;
+        for (uint32_t c = 0U; c < count; c++) {
+            *at = (int16_t)(from[c] - zero);
+            at += plane;
         }
-        struct depthwise_job job = {rows, k->kernel_height, k->kernel_width, tap_step * 2U,
-                                    step * 2U, pairs, to, pitch, blocks, channel * 2U, c};
-        if ((k->kernel_height != 3U) || (k->kernel_width != 3U)) {
-            fast_depthwise(&job);
-        } else if (tap_step == step) {
-            fast_nine_shared_taps(&job);
-        } else {
-            fast_nine_taps(&job);
-        }
-        x = blocks * 2U;
-        clamp_pair(o, to, pitch, x);
-        to += x * pitch;
-        at += x * step;
+        from += channels;
     }
+}
+
+/* A row of the input, each channel to its plane. What lies beyond the input stays as it is. */
+static void plane_row(const struct shoal_depthwise *k, const int8_t *input, uint32_t padded_row,
+                      int16_t *to)
+{
+    const uint32_t channels = k->channel_count;
+    const uint32_t plane = k->plane;
+    if ((padded_row < k->pad_top) || (padded_row - k->pad_top >= k->in_height)) {
+        memset(to, 0, channels * plane * sizeof *to);
+        return;
+    }
+    const int8_t *from = input + (padded_row - k->pad_top) * k->in_width * channels;
+    const uint32_t columns = k->ring_columns;
+    const uint32_t room = columns > k->pad_left ? columns - k->pad_left : 0U;
+    const uint32_t width = k->in_width < room ? k->in_width : room;
+    to += k->pad_left;
+#if defined(SHOAL_DSP)
+    const uint32_t offset = ((uint32_t)-k->in_zero & 0xFFFFU) * 0x10001U;
+    const uint32_t odd = (width != 0U) ? k->pad_left % 2U : 0U; /* so that words are aligned */
+    const uint32_t even = width - (width - odd) % 2U;
+    for (uint32_t c = 0U; c + 4U <= channels; c += 4U) {
+        planes(k, from, 0U, odd, 4U, to);
+        if (even != odd) {
+            four_planes(from + odd * channels, channels, (even - odd) / 2U, offset, to + odd,
+                        plane * 2U);
+        }
+        planes(k, from, even, width, 4U, to);
+        from += 4;
+        to += 4U * plane;
+    }
+    planes(k, from, 0U, width, channels % 4U, to);
 #else
-    (void)pairs;
+    planes(k, from, 0U, width, channels, to);
 #endif
-    for (; x < k->out_width; x++) {
+}
+
+#if defined(SHOAL_MVE)
+
+/* A tap of four pixels; apart: from the first to each. */
+static inline int32x4_t four_by_tap(int32x4_t sums, const int16_t *x, uint32x4_t apart,
+                                    uint32_t step, int32_t w)
+{
+    const int32x4_t values =
+        step == 1U ? vldrhq_s32(x) : vldrhq_gather_shifted_offset_s32(x, apart);
+    return vmlaq_n_s32(sums, values, w);
+}
+
+/* Taps of a row of the kernel times four pixels. */
+static inline int32x4_t four_by_taps(int32x4_t sums, const int16_t *x, uint32x4_t apart,
+                                     uint32_t step, const int8_t *w, uint32_t taps,
+                                     uint32_t dilation)
+{
+    if (taps == 3U) {
+        sums = four_by_tap(sums, x, apart, step, w[0]);
+        sums = four_by_tap(sums, x + dilation, apart, step, w[1]);
+        return four_by_tap(sums, x + 2U * dilation, apart, step, w[2]);
+    }
+    for (uint32_t tap = 0U; tap < taps; tap++) {
+        sums = four_by_tap(sums, x, apart, step, w[tap]);
+        x += dilation;
+    }
+    return sums;
+}
+
+/* A row of the output of one channel of a fast layer, whose pixels begin at `begin` of each row of
+ * the ring. Inline, so that what is known of step, taps and dilation is decided once. */
+static inline __attribute__((always_inline)) void
+vector_row(const struct shoal_depthwise *k, const int16_t *const *rows, const struct output *o,
+           const int8_t *weights, const struct shoal_channel *c, uint32_t begin, int8_t *to,
+           bool nine, uint32_t step, uint32_t taps, uint32_t dilation)
+{
+    const uint32_t pitch = k->channel_count;
+    const uint32_t width = k->out_width;
+    const uint32x4_t apart = vmulq_n_u32(vidupq_n_u32(0U, 1), step);
+    const uint32x4_t places = vmulq_n_u32(vidupq_n_u32(0U, 1), pitch);
+    const int32x4_t left = vdupq_n_s32(c->left);
+    const int32x4_t right = vdupq_n_s32(-(int32_t)c->right);
+    const int32x4_t low = vdupq_n_s32(o->low);
+    const int32x4_t high = vdupq_n_s32(o->high);
+    for (uint32_t x = 0U; x < width; x += 4U) {
         const int8_t *w = weights;
-        int32_t sum0 = c[0].bias;
-        int32_t sum1 = c[1].bias;
-        for (uint32_t row = 0U; row < k->kernel_height; row++) {
-            const int16_t *value = rows[row] + at;
-            for (uint32_t tap = 0U; tap < k->kernel_width; tap++) {
-                sum0 += w[0] * value[0];
-                sum1 += w[1] * value[1];
-                w += 2;
-                value += tap_step;
+        const uint32_t at = begin + x * step;
+        int32x4_t sums = vdupq_n_s32(c->bias);
+        if (nine) {
+            sums = four_by_taps(sums, rows[0] + at, apart, step, w, taps, dilation);
+            sums = four_by_taps(sums, rows[1] + at, apart, step, w + 3, taps, dilation);
+            sums = four_by_taps(sums, rows[2] + at, apart, step, w + 6, taps, dilation);
+        } else {
+            for (uint32_t row = 0U; row < k->kernel_height; row++) {
+                sums = four_by_taps(sums, rows[row] + at, apart, step, w, taps, dilation);
+                w += taps;
             }
         }
-        to[0] = output_byte(o, &c[0], sum0);
-        if (outputs == 2U) {
-            to[1] = output_byte(o, &c[1], sum1);
+        const int32x4_t t = vqrdmulhq_n_s32(vshlq_s32(sums, left), c->multiplier);
+        const int32x4_t rounded = vaddq_n_s32(vaddq_s32(t, vshrq_n_s32(t, 31)), c->rounding);
+        const int32x4_t value = vminq_s32(vmaxq_s32(vshlq_s32(rounded, right), low), high);
+        vstrbq_scatter_offset_p_s32(to, places, value, vctp32q(width - x));
+        to += 4U * pitch;
+    }
+}
+
+static void vector_rows(const struct shoal_depthwise *k, const int16_t *const *rows,
+                        const struct output *o, int8_t *to)
+{
+    const uint32_t taps = (uint32_t)k->kernel_height * k->kernel_width;
+    const int8_t *w = k->weights;
+    for (uint32_t i = 0U; i < k->channel_count; i++) {
+        const struct shoal_channel c = k->channels[i];
+        const uint32_t begin = i * k->plane;
+        if ((k->nine != 0U) && (k->stride_x == 1U)) {
+            vector_row(k, rows, o, w, &c, begin, to + i, true, 1U, 3U, 1U);
+        } else if (k->nine != 0U) {
+            vector_row(k, rows, o, w, &c, begin, to + i, true, 2U, 3U, 1U);
+        } else {
+            vector_row(k, rows, o, w, &c, begin, to + i, false, k->stride_x,
+                       k->kernel_width, k->dilation_x);
         }
-        to += pitch;
-        at += step;
+        w += taps;
+    }
+}
+
+#endif
+
+/* Taps of a row of the kernel times two pixels; three at once, so that they stay in registers. */
+static inline void two_by_taps(const int16_t *x0, uint32_t step, const int8_t *w, uint32_t taps,
+                               uint32_t dilation, int32_t *sums)
+{
+    const int16_t *x1 = x0 + step;
+    int32_t sum0 = sums[0];
+    int32_t sum1 = sums[1];
+    if ((taps == 3U) && (dilation == 1U)) {
+        const int32_t first = w[0];
+        const int32_t second = w[1];
+        const int32_t third = w[2];
+        sum0 += first * x0[0] + second * x0[1] + third * x0[2];
+        sum1 += first * x1[0] + second * x1[1] + third * x1[2];
+    } else {
+        for (uint32_t tap = 0U; tap < taps; tap++) {
+            sum0 += w[tap] * *x0;
+            sum1 += w[tap] * *x1;
+            x0 += dilation;
+            x1 += dilation;
+        }
+    }
+    sums[0] = sum0;
+    sums[1] = sum1;
+}
+
+/* A row of the output of one channel, whose pixels begin at `begin` of each row of the ring. */
+static void depthwise_row(const struct shoal_depthwise *k, const int16_t *const *rows,
+                          const struct output *o, const int8_t *weights,
+                          const struct shoal_channel *channel, uint32_t begin, int8_t *to)
+{
+    const struct shoal_channel c = *channel; /* so that stores of bytes do not alter them */
+    const struct output out = *o;
+    const uint32_t pitch = k->channel_count;
+    const uint32_t step = k->stride_x;
+    const uint32_t dilation = k->dilation_x;
+    const uint32_t height = k->kernel_height;
+    const uint32_t taps = k->kernel_width;
+    const uint32_t width = k->out_width;
+    for (uint32_t x = 0U; x < width; x += 2U) {
+        const int8_t *w = weights;
+        int32_t sums[2] = {c.bias, c.bias};
+        for (uint32_t row = 0U; row < height; row++) {
+            two_by_taps(rows[row] + begin + x * step, step, w, taps, dilation, sums);
+            w += taps;
+        }
+        *to = output_byte(&out, &c, sums[0]);
+        if (x + 1U < width) {
+            to[pitch] = output_byte(&out, &c, sums[1]);
+        }
+        to += 2U * pitch;
     }
 }
 
@@ -1109,28 +1204,54 @@ void shoal_depthwise(const struct shoal_depthwise *k, const int8_t *input, int8_
                      void *scratch)
 {
     const int16_t **rows = (const int16_t **)scratch;
-    int16_t *const ring_space = (int16_t *)(void *)(rows + k->kernel_height);
-    struct ring ring = {ring_space, k->ring_rows, k->ring_row, k->ring_columns, k->pixel,
-                        k->pad_top, k->pad_left, k->in_height, k->in_width, k->channel_count,
-                        1U, k->channel_count, k->pixel, k->in_zero, 0U};
-    uint32_t *const pairs =
-        (uint32_t *)(void *)(ring_space + (uint32_t)k->ring_rows * k->ring_row);
+    int16_t *const ring = (int16_t *)(void *)(rows + k->kernel_height);
+    const uint32_t channels = k->channel_count;
+    const uint32_t ring_row = channels * k->plane;
+    const uint32_t row_bytes = k->out_width * channels;
     const struct output o = output_of(k->out_zero, k->low, k->high, k->fast);
-    const uint32_t pair_bytes = 2U * (uint32_t)k->kernel_height * k->kernel_width;
+    const uint32_t taps = (uint32_t)k->kernel_height * k->kernel_width;
+    uint32_t next = 0U;
+    memset(ring, 0, k->ring_rows * ring_row * sizeof *ring);
     for (uint32_t y = 0U; y < k->out_height; y++) {
         const uint32_t first = y * k->stride_y;
-        ring_fill(&ring, input, first, (k->kernel_height - 1U) * k->dilation_y + 1U);
+        next = next < first ? first : next;
+        for (; next < first + (k->kernel_height - 1U) * k->dilation_y + 1U; next++) {
+            plane_row(k, input, next, ring + next % k->ring_rows * ring_row);
+        }
         for (uint32_t row = 0U; row < k->kernel_height; row++) {
-            rows[row] = ring_row(&ring, first + row * k->dilation_y);
+            rows[row] = ring + (first + row * k->dilation_y) % k->ring_rows * ring_row;
         }
-        const int8_t *weights = k->weights;
-        for (uint32_t channel = 0U; channel < k->channel_count; channel += 2U) {
-            const uint32_t left = k->channel_count - channel;
-            depthwise_row(k, rows, &o, weights, k->channels + channel, channel, pairs,
-                          output + channel, left < 2U ? left : 2U);
-            weights += pair_bytes;
+#if defined(SHOAL_MVE)
+        if (o.fast != 0U) {
+            vector_rows(k, rows, &o, output);
+            output += row_bytes;
+            continue;
         }
-        output += (uint32_t)k->out_width * k->channel_count;
+#elif defined(SHOAL_DSP)
+        if ((k->nine != 0U) && (o.fast != 0U)) {
+            struct planes_job job = {{0U, 0U, 0U, 0U, 0U, 0U}, 0, 0, 0U, 0U,
+                                     {rows[0], rows[1], rows[2]}, output, k->weights,
+                                     k->channels, k->plane * 2U, channels, k->out_width,
+                                     channels};
+            if (k->stride_x == 1U) {
+                nine_near_taps(&job);
+            } else {
+                nine_far_taps(&job);
+            }
+            if (o.full == 0U) {
+                for (uint32_t i = 0U; i < row_bytes; i++) {
+                    output[i] = (int8_t)clamped(output[i], o.low, o.high);
+                }
+            }
+            output += row_bytes;
+            continue;
+        }
+#endif
+        for (uint32_t c = 0U; c < channels; c++) {
+            depthwise_row(k, rows, &o, k->weights + c * taps, k->channels + c, c * k->plane,
+                          output + c);
+        }
+        output += row_bytes;
     }
 }
 

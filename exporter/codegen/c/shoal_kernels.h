@@ -66,8 +66,9 @@ struct shoal_conv {
 void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output, void *scratch);
 
 /**
- * A depthwise convolution with one output per input channel. Ring as above. Weights: for each pair
- * of channels and tap two bytes, one of each channel; an odd channel is padded.
+ * A depthwise convolution with one output per input channel. The ring holds its rows a channel at a
+ * time: `plane` values, an even number, of each. Weights: all of a channel together, row by row; a
+ * few bytes after the last are read.
  */
 struct shoal_depthwise {
     const int8_t *weights;
@@ -78,12 +79,14 @@ struct shoal_depthwise {
     uint16_t kernel_height, kernel_width;
     uint16_t dilation_y, dilation_x;
     uint16_t pad_top, pad_left;
-    uint16_t ring_rows, ring_row, ring_columns;
-    uint16_t pixel;
+    uint16_t ring_rows, ring_columns; /* rows; pixels of a row that are ever read */
+    uint16_t plane;
     int16_t in_zero, out_zero, low, high;
     uint8_t fast;
+    uint8_t nine; /* 3 x 3 beside each other, stride_x 1 or 2 */
 };
 
+/** scratch: a pointer for each row of the kernel, ring; on a 4-byte boundary. */
 void shoal_depthwise(const struct shoal_depthwise *k, const int8_t *input, int8_t *output,
                      void *scratch);
 
