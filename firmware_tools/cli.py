@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,10 @@ import click
 
 if TYPE_CHECKING:
     from agent.protocol.frames import Identity
+
+    from .board import Board
+    from .build import Image
+    from .bundle import Part
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -355,84 +360,121 @@ def flash(
     """
     if whole + bootloader + back + (image_file is not None) > 1:
         raise click.UsageError("give one of --whole, --bootloader, --image and --roll-back")
+    if (image_file is None) != (through is None):
+        raise click.UsageError("give --image and --through together")
     from .board import load_board
-    from .build import build_bootloader
-    from .bundle import build_part, open_part
-    from .flash import (
-        RESTART_TIMEOUT_S,
-        enter_bootloader,
-        flash_stm32,
-        matching_port,
-        roll_back,
-        who_answers,
-    )
-    from .loaders import LOADERS
+    from .bundle import open_part
+    from .flash import matching_port
 
     part = open_part(bundle, device)
     target = load_board(board or part.board_name)
-    path = port or matching_port(part.device.serial)
-    if (image_file is None) != (through is None):
-        raise click.UsageError("give --image and --through together")
-    if image_file is not None and through is not None:
-        content = image_file.read_bytes()
-        click.echo(f"{device}: {len(content)} B by {through} to {path}", err=True)
-        if dry_run:
-            click.echo("dry run: nothing was written", err=True)
-            return
-        with click.progressbar(length=2 * len(content), label="write", file=sys.stderr) as bar:
-            LOADERS[through](path, baud, address, content, bar.update)
-        if as_json:
-            _print({"written_bytes": len(content), "slot": None, "identity": None})
-        click.echo(f"{device}: written", err=True)
-        return
-    if back:
-        before = roll_back(path, baud)
-        if as_json:
-            _print({"slot": before.slot, "identity": _fields(before)})
-        _tell(device, before)
-        return
-    slot, running = None, None
     if bootloader and target.slots is None:
         raise click.UsageError(f"{target.name} has no bootloader of ours")
-    if target.slots is not None and not (whole or bootloader):
-        running = who_answers(path, baud)
-        slot = 0 if running is None or running.slot != 0 else 1
+    line = _Line(device, port or matching_port(part.device.serial), baud, dry_run, as_json)
+    if image_file is not None and through is not None:
+        _write_foreign(line, image_file, through, address)
+    elif back:
+        _go_back(line)
+    elif bootloader:
+        _write_bootloader(line, target)
+    else:
+        _write_image(line, part, target, image_version, whole=whole)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Where `flash` writes, and how it says so."""
+
+    device: str
+    path: str
+    baud: int
+    dry_run: bool
+    as_json: bool
+
+    def announced(self, content: bytes, where: str) -> bool:
+        """Say what will be written; whether it shall be."""
+        click.echo(f"{self.device}: {len(content)} B {where}", err=True)
+        if self.dry_run:
+            click.echo("dry run: nothing was written", err=True)
+        return not self.dry_run
+
+    def bar(self, content: bytes, label: str) -> Any:
+        """Progress over writing and reading back."""
+        return click.progressbar(length=2 * len(content), label=label, file=sys.stderr)
+
+
+def _write_foreign(line: _Line, image: Path, through: str, address: int) -> None:
+    """Write an image of another build system through its own bootloader."""
+    from .loaders import LOADERS
+
+    content = image.read_bytes()
+    if not line.announced(content, f"by {through} to {line.path}"):
+        return
+    with line.bar(content, "write") as bar:
+        LOADERS[through](line.path, line.baud, address, content, bar.update)
+    if line.as_json:
+        _print({"written_bytes": len(content), "slot": None, "identity": None})
+    click.echo(f"{line.device}: written", err=True)
+
+
+def _go_back(line: _Line) -> None:
+    """Start the image before this one again."""
+    from .flash import roll_back
+
+    before = roll_back(line.path, line.baud)
+    if line.as_json:
+        _print({"slot": before.slot, "identity": _fields(before)})
+    _tell(line.device, before)
+
+
+def _write_bootloader(line: _Line, target: Board) -> None:
+    """Write our bootloader through the chip's own."""
+    from .build import build_bootloader
+    from .flash import flash_stm32
+
     with tempfile.TemporaryDirectory(prefix="shoal-flash-") as folder:
-        image = (
-            build_bootloader(target, Path(folder))
-            if bootloader
-            else build_part(
-                part, Path(folder), board_name=target.name, version=image_version, slot=slot
-            )
-        )
-        assert image.binary is not None
-        content = image.binary.read_bytes()
+        content = _binary(build_bootloader(target, Path(folder)))
     origin = target.flash.origin
-    if slot is not None:
-        assert target.slots is not None
+    if not line.announced(content, f"to {target.name} at 0x{origin:08x}, through {line.path}"):
+        return
+    with line.bar(content, "write and verify") as bar:
+        flash_stm32(line.path, line.baud, origin, content, bar.update)
+    click.echo("written and verified; BOOT0 low, reset, then: shoal flash", err=True)
+
+
+def _write_image(line: _Line, part: Part, target: Board, version: int, *, whole: bool) -> None:
+    """Write a device's firmware into the slot that does not run, or whole, and see it answer."""
+    from .bundle import build_part
+    from .flash import RESTART_TIMEOUT_S, enter_bootloader, flash_stm32, who_answers
+
+    slot, running, origin = None, None, target.flash.origin
+    if target.slots is not None and not whole:
+        running = who_answers(line.path, line.baud)
+        slot = 0 if running is None or running.slot != 0 else 1
         origin = target.slots.origin[slot]
-    where = f"{target.name} at 0x{origin:08x}" + ("" if slot is None else f", slot {slot}")
-    click.echo(f"{device}: {len(content)} B to {where}, through {path}", err=True)
-    if dry_run:
-        click.echo("dry run: nothing was written", err=True)
+    with tempfile.TemporaryDirectory(prefix="shoal-flash-") as folder:
+        image = build_part(part, Path(folder), board_name=target.name, version=version, slot=slot)
+        content = _binary(image)
+    where = f"to {target.name} at 0x{origin:08x}" + ("" if slot is None else f", slot {slot}")
+    if not line.announced(content, f"{where}, through {line.path}"):
         return
     if running is not None:
-        enter_bootloader(path, baud)
-    with click.progressbar(
-        length=2 * len(content), label="write and verify", file=sys.stderr
-    ) as bar:
-        flash_stm32(path, baud, origin, content, bar.update)
-    if bootloader:
-        click.echo("written and verified; BOOT0 low, reset, then: shoal flash", err=True)
-        return
-    identity = who_answers(path, baud, RESTART_TIMEOUT_S)
-    if as_json:
+        enter_bootloader(line.path, line.baud)
+    with line.bar(content, "write and verify") as bar:
+        flash_stm32(line.path, line.baud, origin, content, bar.update)
+    identity = who_answers(line.path, line.baud, RESTART_TIMEOUT_S)
+    if line.as_json:
         seen = None if identity is None else _fields(identity)
         _print({"written_bytes": len(content), "slot": slot, "identity": seen})
     if identity is None:
         click.echo("written and verified; nobody answers yet: reset the board", err=True)
-        return
-    _tell(device, identity)
+    else:
+        _tell(line.device, identity)
+
+
+def _binary(image: Image) -> bytes:
+    assert image.binary is not None
+    return image.binary.read_bytes()
 
 
 def _fields(identity: Identity) -> dict[str, Any]:
