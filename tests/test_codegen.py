@@ -203,26 +203,44 @@ def test_four_bit_weights_equal_tflite_micro(run: Run, kind: str) -> None:
     check(run, cases)
 
 
+def fully_connected(
+    rng, most_inputs: int = 70, least: int = -127, channels: bool = False
+) -> tuple[bytes, tuple[int, ...]]:
+    """A random layer. least: weight; channels: a scale for each unit."""
+    inputs, units = int(rng.integers(1, most_inputs + 1)), int(rng.integers(1, 12))
+    graph = GraphFile()
+    in_scale = scale(rng)
+    x = graph.tensor((1, inputs), (in_scale, zero(rng)))
+    scales = [scale(rng, 0.0005, 0.05) for _ in range(units if channels and units > 1 else 1)]
+    w = graph.constant(rng.integers(least, 128, (units, inputs)).astype(np.int8), scales)
+    bias = rng.integers(-20000, 20000, units).astype(np.int32)
+    b = graph.constant(bias, [in_scale * s for s in scales])
+    y = graph.tensor((1, units), (scale(rng, 0.02, 2.0), zero(rng)))
+    activation = int(rng.choice([0, 1, 3]))
+    graph.operator(
+        "FULLY_CONNECTED", [x, w, b], [y], "FullyConnectedOptions",
+        fusedActivationFunction=activation,
+    )  # fmt: skip
+    return graph.finish([x], [y]), (1, inputs)
+
+
 @pytest.mark.parametrize("channels", [False, True])
 def test_fully_connected_equals_tflite_micro(run: Run, channels: bool) -> None:
     cases = []
     for seed in range(CASES):
         rng = np.random.default_rng([7, seed])
-        inputs, units = int(rng.integers(1, 70)), int(rng.integers(1, 12))
-        graph = GraphFile()
-        in_scale = scale(rng)
-        x = graph.tensor((1, inputs), (in_scale, zero(rng)))
-        scales = [scale(rng, 0.0005, 0.05) for _ in range(units if channels and units > 1 else 1)]
-        w = graph.constant(rng.integers(-127, 128, (units, inputs)).astype(np.int8), scales)
-        bias = rng.integers(-20000, 20000, units).astype(np.int32)
-        b = graph.constant(bias, [in_scale * s for s in scales])
-        y = graph.tensor((1, units), (scale(rng, 0.02, 2.0), zero(rng)))
-        activation = int(rng.choice([0, 1, 3]))
-        graph.operator(
-            "FULLY_CONNECTED", [x, w, b], [y], "FullyConnectedOptions",
-            fusedActivationFunction=activation,
-        )  # fmt: skip
-        cases.append((graph.finish([x], [y]), samples(rng, (1, inputs))))
+        tflite, shape = fully_connected(rng, channels=channels)
+        cases.append((tflite, samples(rng, shape)))
+    check(run, cases)
+
+
+@pytest.mark.parametrize("least", [127, -127, -128])
+def test_long_fully_connected_layers_equal_tflite_micro(run: Run, least: int) -> None:
+    cases = []
+    for seed in range(2):
+        rng = np.random.default_rng([8, seed])
+        tflite, shape = fully_connected(rng, most_inputs=3000, least=least)
+        cases.append((tflite, samples(rng, shape)))
     check(run, cases)
 
 

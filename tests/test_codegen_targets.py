@@ -14,7 +14,7 @@ from agent.protocol.errors import ShoalError
 from exporter.codegen import generate, write_piece
 from firmware_tools.cli import emulate
 from firmware_tools.measure import PREFIX, Measured, measure_model, measure_piece, target_board
-from tests.test_codegen import KINDS, SHARED, convolution, micro, samples
+from tests.test_codegen import KINDS, SHARED, convolution, fully_connected, micro, samples
 
 TARGETS = ["m4", "m33", "m55", "m3", "m0", "rv32"]
 
@@ -53,6 +53,16 @@ def test_depthwise_kernels_of_nine_taps_equal_tflite_micro(
         stored = samples(rng, shape)
         said = measured(target, tflite, stored, tmp_path / str(seed))
         np.testing.assert_array_equal(said.outputs, micro(tflite, stored))
+
+
+@pytest.mark.parametrize("target", ["m4", "m3"])
+@pytest.mark.parametrize("least", [127, -127, -128])
+def test_fully_connected_layers_equal_tflite_micro(tmp_path: Path, target: str, least: int) -> None:
+    rng = np.random.default_rng([8, 1])
+    tflite, shape = fully_connected(rng, most_inputs=3000, least=least)
+    stored = samples(rng, shape)
+    said = measured(target, tflite, stored, tmp_path)
+    np.testing.assert_array_equal(said.outputs, micro(tflite, stored))
 
 
 @pytest.mark.parametrize("target", ["m4", "m55", "m0"])

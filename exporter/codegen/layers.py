@@ -403,9 +403,11 @@ def _convolution(
     x, output = _int8(context.tensor(operator, 0)), _int8(context.output(operator))
     count, kernel_height, kernel_width, group_channels = data.shape
     in_channels = groups * group_channels
-    group_pixel = _even(group_channels)
-    pixel = groups * group_pixel
     whole = groups == 1 and columns.dilation == 1
+    # Two pixels are read at a time, in words: each begins at an even place.
+    in_words = whole and (columns.stride % 2 == 0 or columns.out == 1)
+    group_pixel = group_channels if in_words else _even(group_channels)
+    pixel = groups * group_pixel
     row_segments = 1 if whole else kernel_width
     stretch = kernel_width * group_pixel if whole else group_channels
     quads = -(-stretch // 4)
@@ -421,6 +423,11 @@ def _convolution(
     room[..., :used] = shaped[..., :used]
     quartets = room.reshape(groups * group_pairs, 2, -1, quads, 4)[..., [0, 2, 1, 3]]
     packed = quartets.transpose(0, 2, 3, 1, 4)
+    reach = max(127 - x.zero_point, 128 + x.zero_point)
+    # Of one pixel no weight is used twice: two channels a number are unpacked with less.
+    woven = _woven(room, reach) if columns.out == 1 and weights.dtype == "int8" else 0
+    if woven:
+        packed = (room[:, 1] * np.int16(256) + room[:, 0]).astype("<i2").reshape(-1).view(np.int8)
 
     ring_columns = (columns.out - 1) * columns.stride + (kernel_width - 1) * columns.dilation + 1
     ring_row = _even(max(ring_columns, columns.pad) * pixel + 4)
@@ -428,7 +435,6 @@ def _convolution(
     segments = kernel_height * row_segments
     slab = segments * quads * 16 if columns.out >= 2 else 0
     biases = _biases(context, operator, count)
-    reach = max(127 - x.zero_point, 128 + x.zero_point)
     sums = np.abs(data.astype(np.int64)).reshape(count, -1).sum(axis=1) * reach + np.abs(biases)
     places = [g * group_pairs * 2 + i for g in range(groups) for i in range(group_outputs)]
     weight_sums = data.astype(np.int64).reshape(count, -1).sum(axis=1)
@@ -475,6 +481,7 @@ def _convolution(
         "high": high,
         "fast": factors.fast,
         "int4": weights.dtype == "int4",
+        "woven": woven,
     }
     _check_sizes(fields)
     in_order = room
@@ -488,7 +495,7 @@ def _convolution(
         "shoal_conv(&{name}, {in0}, {out}, {scratch})",
         _about(operator, [x], output, more),
         (
-            _struct("shoal_conv", fields, 72),
+            _struct("shoal_conv", fields, 76),
             replace(_table("int8_t", "_weights", packed), mve_rows=_table("", "", in_order).rows),
             Constant("struct shoal_channel", "_channels", factors.rows, 16 * len(factors.rows)),
         ),
@@ -496,6 +503,26 @@ def _convolution(
         (_rows_behind(rows, columns.size * in_channels, columns.out * count),),
         rows.out * columns.out * data.size,
     )
+
+
+def _woven(weights: NDArray[np.int8], reach: int) -> int:
+    """How many quads of woven weights a 32-bit sum takes; 0 where a weight is out of range.
+
+    Args:
+        weights: (pairs, 2, segments, inputs), whole quads of inputs.
+        reach: The largest magnitude of an input less its zero point.
+    """
+    wide = weights.astype(np.int64)
+    if (256 * wide[:, 1] + wide[:, 0]).min() < -(2**15):
+        return 0
+    most = (256 * np.abs(wide[:, 1]) + np.abs(wide[:, 0])) * reach
+    quads = weights.shape[3] // 4
+    for parts in range(1, quads + 1):
+        chunk = -(-quads // parts)
+        starts = np.arange(0, 4 * quads, 4 * chunk)
+        if np.add.reduceat(most, starts, axis=2).max() < 2**31:
+            return chunk
+    return 0
 
 
 def _halves(weights: NDArray[np.int8]) -> NDArray[np.int8]:

@@ -224,17 +224,11 @@ static void ring_read(struct ring *r, const int8_t *input, uint32_t padded_row)
         widen(from, to + before, inside, r->zero);
     } else {
         int16_t *at = to + before;
-        for (uint32_t x = 0U; x < width; x++) {
-            for (uint32_t g = 0U; g < r->groups; g++) {
-                for (uint32_t c = 0U; c < r->group_channels; c++) {
-                    at[c] = (int16_t)(from[c] - r->zero);
-                }
-                for (uint32_t c = r->group_channels; c < r->group_pixel; c++) {
-                    at[c] = 0;
-                }
-                from += r->group_channels;
-                at += r->group_pixel;
-            }
+        for (uint32_t i = 0U; i < width * r->groups; i++) {
+            widen(from, at, r->group_channels, r->zero);
+            from += r->group_channels;
+            at += r->group_pixel;
+            at[-1] = 0; /* groups are padded to an even number */
         }
     }
     memset(to + before + inside, 0, (r->row - before - inside) * sizeof *to);
@@ -752,6 +746,101 @@ void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output,
 
 #else
 
+#if defined(SHOAL_DSP)
+
+#define SHOAL_WOVEN(weights, all, low)                                                             \
+    "ldrd r6, r8, [%[" weights "]], #8\n\t"                                                        \
+    "smlad %[" all "], r6, r4, %[" all "]\n\t"                                                     \
+    "sxtb16 r6, r6\n\t"                                                                            \
+    "smlad %[" low "], r6, r4, %[" low "]\n\t"                                                     \
+    "smlad %[" all "], r8, r5, %[" all "]\n\t"                                                     \
+    "sxtb16 r8, r8\n\t"                                                                            \
+    "smlad %[" low "], r8, r5, %[" low "]\n\t"
+
+#define SHOAL_WOVEN_QUAD                                                                           \
+    "ldrd r4, r5, [%[x]], #8\n\t"                                                                  \
+    SHOAL_WOVEN("first", "all0", "low0")                                                           \
+    SHOAL_WOVEN("second", "all1", "low1")
+
+#endif
+
+/* One pixel times four channels: the first channel of a pair is the lower byte of a weight, what is
+ * left of the whole the second. */
+__attribute__((noinline)) static void woven_dot(const int8_t *first, const int8_t *second,
+                                                const int16_t *x, uint32_t quads, int32_t *sums)
+{
+    int32_t all0 = 0;
+    int32_t low0 = 0;
+    int32_t all1 = 0;
+    int32_t low1 = 0;
+#if defined(SHOAL_DSP)
+    __asm__ volatile("tst %[quads], #3\n\t"
+                     "beq 2f\n\t"
+                     "1:\n\t"
+                     SHOAL_WOVEN_QUAD
+                     "subs %[quads], %[quads], #1\n\t"
+                     "beq 3f\n\t"
+                     "tst %[quads], #3\n\t"
+                     "bne 1b\n\t"
+                     "2:\n\t"
+                     SHOAL_WOVEN_QUAD
+                     SHOAL_WOVEN_QUAD
+                     SHOAL_WOVEN_QUAD
+                     SHOAL_WOVEN_QUAD
+                     "subs %[quads], %[quads], #4\n\t"
+                     "bne 2b\n\t"
+                     "3:\n\t"
+                     : [first] "+r"(first), [second] "+r"(second), [x] "+r"(x),
+                       [quads] "+r"(quads), [all0] "+r"(all0), [low0] "+r"(low0),
+                       [all1] "+r"(all1), [low1] "+r"(low1)
+                     :
+                     : "r4", "r5", "r6", "r8", "cc", "memory");
+#else
+    const int16_t *const end = x + 4U * quads;
+    for (; x != end; x++) {
+        all0 += *(const int16_t *)(const void *)first * *x;
+        low0 += *first * *x;
+        all1 += *(const int16_t *)(const void *)second * *x;
+        low1 += *second * *x;
+        first += 2;
+        second += 2;
+    }
+#endif
+    sums[0] += low0;
+    sums[1] += (all0 - low0) >> 8;
+    sums[2] += low1;
+    sums[3] += (all1 - low1) >> 8;
+}
+
+/* One pixel of a group, four channels at a time; of the last two there may be no others. */
+static void woven_pixel(const struct shoal_conv *k, const struct dots *d, const struct output *o,
+                        const int8_t *weights, const struct shoal_channel *c, uint32_t group_byte,
+                        int8_t *to)
+{
+    const uint32_t pair_bytes = d->segment_count * k->quads * 8U;
+    for (uint32_t channel = 0U; channel < k->group_outputs; channel += 4U) {
+        const uint32_t left = k->group_outputs - channel;
+        const int8_t *first = weights;
+        const int8_t *second = left > 2U ? weights + pair_bytes : weights;
+        int32_t sums[4] = {0, 0, 0, 0};
+        for (uint32_t s = 0U; s < d->segment_count; s++) {
+            const int16_t *x = d->segments[s] + group_byte / 2U;
+            for (uint32_t rest = k->quads; rest != 0U;) {
+                const uint32_t quads = rest < k->woven ? rest : k->woven;
+                woven_dot(first, second, x, quads, sums);
+                first += 8U * quads;
+                second += 8U * quads;
+                x += 4U * quads;
+                rest -= quads;
+            }
+        }
+        for (uint32_t i = 0U; (i < 4U) && (i < left); i++) {
+            to[channel + i] = output_byte(o, &c[channel + i], c[channel + i].bias + sums[i]);
+        }
+        weights += 2U * pair_bytes;
+    }
+}
+
 /* One row of one pair of output channels. outputs: 2, or 1 where the second is padding. */
 static void conv_row(const struct shoal_conv *k, const struct dots *d, const struct output *o,
                      const int8_t *weights, const struct shoal_channel *c, uint32_t group_byte,
@@ -825,6 +914,13 @@ void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output,
         const int8_t *weights = k->weights;
         const struct shoal_channel *c = k->channels;
         for (uint32_t g = 0U; g < k->groups; g++) {
+            if (k->woven != 0U) {
+                woven_pixel(k, &d, &o, weights, c, g * k->group_pixel * 2U,
+                            output + g * k->group_outputs);
+                weights += k->group_pairs * pair_bytes;
+                c += 2U * k->group_pairs;
+                continue;
+            }
             for (uint32_t pair = 0U; pair < k->group_pairs; pair++) {
                 const uint32_t left = k->group_outputs - 2U * pair;
                 const int8_t *pair_weights = weights;

@@ -35,7 +35,9 @@ struct shoal_channel {
  * output may overwrite input rows that were read before. An output is a sum over `segments`
  * stretches of `quads` times four values of the ring. Weights: for each pair of output channels,
  * segment and quad eight bytes: four of the first channel in the order 0, 2, 1, 3, then four of
- * the second. Channels of a group are padded to pairs, stretches to whole quads.
+ * the second. Channels of a group are padded to pairs, stretches to whole quads. Woven, where a row
+ * of the output is one pixel: four int16, each the first channel's weight and 256 times the
+ * second's.
  *
  * With MVE the ring holds bytes, zero point included, which biases make good, and of a pair all
  * weights of the first channel precede those of the second, in their own order.
@@ -53,13 +55,15 @@ struct shoal_conv {
     uint16_t pad_top, pad_left;
     uint16_t ring_rows, ring_row;        /* rows; int16 in a row, slack included */
     uint16_t ring_columns;               /* pixels of a row that are ever read */
-    uint16_t pixel, group_pixel;         /* int16 of a pixel and of a group in it; both even */
+    uint16_t pixel, group_pixel;         /* int16 of a pixel and of a group in it; even if groups,
+                                            or second pixels of a pair, would begin at odd places */
     uint16_t groups, group_channels;     /* group_channels: input channels of a group */
     uint16_t group_pairs, group_outputs; /* pairs and channels of outputs of a group */
     uint16_t quads;
     int16_t in_zero, out_zero, low, high; /* output is clamped to low..high */
     uint8_t fast; /* every sum times 2^(left + 1) fits int32, every right is at least 1 */
     uint8_t int4; /* weights are halves of bytes: of eight, the first four are the lower ones */
+    uint16_t woven; /* 0, or quads after which the sums are taken apart: they hold no more */
 };
 
 /** scratch: list of stretches, ring, slab, one pair's weights if int4; on a 4-byte boundary. */
