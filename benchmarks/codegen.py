@@ -107,6 +107,7 @@ def layers() -> dict[str, bytes]:
         "9x1, 16 to 32, 98 steps": _conv(98, 1, 16, 32, (9, 1)),
         "depthwise 3x3, 64, 24x24": _conv(24, 24, 64, 64, (3, 3), depthwise=True),
         "depthwise 3x3, 64, 24x24, stride 2": _conv(24, 24, 64, 64, (3, 3), 2, depthwise=True),
+        "depthwise 5x5, 32, 24x24": _conv(24, 24, 32, 32, (5, 5), depthwise=True),
         "fully connected, 640 to 128": _fully_connected(640, 128),
     }
 

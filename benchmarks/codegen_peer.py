@@ -95,7 +95,7 @@ def _copy_peer(cmsis_nn: Path, folder: Path) -> None:
     """
     shutil.copytree(cmsis_nn / "Include", folder, dirs_exist_ok=True)
     for part in SOURCES:
-        for source in (cmsis_nn / "Source" / part).glob("*s8*.c"):
+        for source in (cmsis_nn / "Source" / part).glob("arm_*[sq][78]*.c"):
             shutil.copy(source, folder / f"{source.stem}.inc")
             text = f'#pragma GCC system_header\n#include "{source.stem}.inc"\n'
             (folder / f"{source.stem}_unit.h").write_text(text)

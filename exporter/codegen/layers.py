@@ -27,6 +27,7 @@ from .graph import Graph, Operator, Tensor
 
 _ACTIVATIONS = ("NONE", "RELU", "RELU_N1_TO_1", "RELU6")
 _POINTER_BYTES = 8  # of the host; a microcontroller needs half of it
+_MOST_WORDS = 4  # as SHOAL_MOST_WORDS
 _ELSEWHERE = "replace the layer, or give the piece to a device that runs LiteRT"
 
 
@@ -612,7 +613,9 @@ def _depthwise(context: _Context, operator: Operator) -> Step:
     plane = _even(max(ring_columns, columns.pad))
     beyond = 4 * columns.stride  # pixels are computed together, even where there are none
     ring_rows = (kernel_height - 1) * rows.dilation + 1
+    reached = (kernel_width - 1) * columns.dilation + 1 + columns.stride % 2
     nine = kernel_height == kernel_width == 3 and columns.dilation == 1 and columns.stride <= 2
+    words = 0 if nine or reached > 2 * _MOST_WORDS else -(-reached // 2)
     fields = {
         "weights": "{name}_weights",
         "channels": "{name}_channels",
@@ -638,6 +641,7 @@ def _depthwise(context: _Context, operator: Operator) -> Step:
         "high": high,
         "fast": factors.fast,
         "nine": nine,
+        "words": words,
     }
     _check_sizes(fields)
     return Step(
@@ -651,7 +655,7 @@ def _depthwise(context: _Context, operator: Operator) -> Step:
             _table("int8_t", "_weights", packed),
             Constant("struct shoal_channel", "_channels", factors.rows, 16 * channels),
         ),
-        kernel_height * _POINTER_BYTES + (ring_rows * channels * plane + beyond) * 2,
+        kernel_height * (_POINTER_BYTES + 8 * words) + (ring_rows * channels * plane + beyond) * 2,
         (_rows_behind(rows, columns.size * channels, columns.out * channels),),
         rows.out * columns.out * data.size,
     )

@@ -1,6 +1,5 @@
 #include "shoal_kernels.h"
 
-#include <stdbool.h>
 #include <string.h>
 
 #if defined(SHOAL_MVE)
@@ -1000,10 +999,8 @@ struct planes_job {
     "ldrd r11, lr, [r12, #68]\n\t"                                                                 \
     "2:\n\t"
 
-/* Sums r4 and r5 to bytes; the second only if there are two pixels left. */
-#define SHOAL_PLANE_OUTPUT                                                                         \
-    "ldrd r8, r9, [r12, #24]\n\t"                                                                  \
-    "ldrd r6, r7, [r12, #32]\n\t"                                                                  \
+/* Sums r4 and r5 to values of bytes: r8 multiplier, r9 rounding, r6 and r7 shifts. */
+#define SHOAL_TWO_OUTPUTS                                                                          \
     "lsl r4, r4, r7\n\t"                                                                           \
     "lsl r5, r5, r7\n\t"                                                                           \
     "smmulr r4, r4, r8\n\t"                                                                        \
@@ -1015,7 +1012,13 @@ struct planes_job {
     "asr r4, r4, r6\n\t"                                                                           \
     "asr r5, r5, r6\n\t"                                                                           \
     "ssat r4, #8, r4\n\t"                                                                          \
-    "ssat r5, #8, r5\n\t"                                                                          \
+    "ssat r5, #8, r5\n\t"
+
+/* Sums r4 and r5 to bytes; the second only if there are two pixels left. */
+#define SHOAL_PLANE_OUTPUT                                                                         \
+    "ldrd r8, r9, [r12, #24]\n\t"                                                                  \
+    "ldrd r6, r7, [r12, #32]\n\t"                                                                  \
+    SHOAL_TWO_OUTPUTS                                                                              \
     "strb r4, [r3]\n\t"                                                                            \
     "subs lr, lr, #2\n\t"                                                                          \
     "it pl\n\t"                                                                                    \
@@ -1066,6 +1069,151 @@ nine_far_taps(struct planes_job *job __attribute__((unused)))
                      SHOAL_FAR_TAPS("r1", "8", "r4", "r5")
                      SHOAL_FAR_TAPS("r2", "16", "r4", "r5")
                      SHOAL_PLANE_OUTPUT);
+}
+
+static void nine_rows(const struct shoal_depthwise *k, const int16_t *const *rows, int8_t *to)
+{
+    struct planes_job job = {{0U, 0U, 0U, 0U, 0U, 0U}, 0, 0, 0U, 0U, {rows[0], rows[1], rows[2]},
+                             to, k->weights, k->channels, k->plane * 2U, k->channel_count,
+                             k->out_width, k->channel_count};
+    if (k->stride_x == 1U) {
+        nine_near_taps(&job);
+    } else {
+        nine_far_taps(&job);
+    }
+}
+
+/* A row of a channel of any kernel whose taps lie in `words` words of the ring, as the assembly
+ * reads it, by offset; it counts begin, to and pixels. */
+struct taps_job {
+    const int16_t *const *rows;
+    uint32_t row_count;
+    uint32_t begin;  /* bytes, of the pixel in a row */
+    uint32_t skip;   /* bytes of code of the words that are not needed */
+    const uint32_t *pairs; /* a word of the ring: the weights at the first pixel, at the second */
+    uint32_t second; /* bytes from the word of the first pixel to the second's */
+    uint32_t step;   /* bytes from two pixels to the next two */
+    int8_t *to;
+    uint32_t pitch;  /* channels */
+    uint32_t pixels; /* at least one */
+    const struct shoal_channel *channel;
+};
+
+#define SHOAL_MOST_WORDS 4U
+
+/* Two pixels at a time: r0 pairs, r1 ring, r2 second, r3 where a row's code begins, r4 and r5 sums,
+ * r10 and r11 rows, lr begin. */
+#define SHOAL_TAPS(word)                                                                           \
+    "push {r4, r5, r6, r7, r8, r9, r10, r11, lr}\n\t"                                              \
+    "mov r12, r0\n\t"                                                                              \
+    "ldr r2, [r12, #20]\n\t"                                                                       \
+    "ldr r4, [r12, #12]\n\t"                                                                       \
+    "adr.w r3, 3f\n\t"                                                                             \
+    "add r3, r3, r4\n\t"                                                                           \
+    "orr r3, r3, #1\n\t"                                                                           \
+    "1:\n\t"                                                                                       \
+    "ldr r0, [r12, #16]\n\t"                                                                       \
+    "ldr r8, [r12, #40]\n\t"                                                                       \
+    "ldrd r10, r11, [r12]\n\t"                                                                     \
+    "ldr lr, [r12, #8]\n\t"                                                                        \
+    "ldr r4, [r8]\n\t"                                                                             \
+    "mov r5, r4\n\t"                                                                               \
+    "2:\n\t"                                                                                       \
+    "ldr r1, [r10], #4\n\t"                                                                        \
+    "add r1, r1, lr\n\t"                                                                           \
+    "bx r3\n\t"                                                                                    \
+    ".balign 4\n\t"                                                                                \
+    "3:\n\t"                                                                                       \
+    word word word word                                                                            \
+    "subs r11, r11, #1\n\t"                                                                        \
+    "bne 2b\n\t"                                                                                   \
+    "ldr r10, [r12, #40]\n\t"                                                                      \
+    "ldrd r8, r9, [r10, #4]\n\t"                                                                   \
+    "ldrb r6, [r10, #13]\n\t"                                                                      \
+    "ldrb r7, [r10, #14]\n\t"                                                                      \
+    SHOAL_TWO_OUTPUTS                                                                              \
+    "ldr r6, [r12, #28]\n\t"                                                                       \
+    "ldrd r10, r11, [r12, #32]\n\t"                                                                \
+    "strb r4, [r6]\n\t"                                                                            \
+    "subs r11, r11, #2\n\t"                                                                        \
+    "it pl\n\t"                                                                                    \
+    "strbpl r5, [r6, r10]\n\t"                                                                     \
+    "add r6, r6, r10, lsl #1\n\t"                                                                  \
+    "str r6, [r12, #28]\n\t"                                                                       \
+    "str r11, [r12, #36]\n\t"                                                                      \
+    "ldr r7, [r12, #24]\n\t"                                                                       \
+    "add lr, lr, r7\n\t"                                                                           \
+    "str lr, [r12, #8]\n\t"                                                                        \
+    "bgt 1b\n\t"                                                                                   \
+    "pop {r4, r5, r6, r7, r8, r9, r10, r11, pc}\n\t"
+
+/* 16 bytes of code: both pixels are in the same words. */
+#define SHOAL_NEAR_WORD                                                                            \
+    "ldr.w r6, [r1], #4\n\t"                                                                       \
+    "ldrd r8, r9, [r0], #8\n\t"                                                                    \
+    "smlad r4, r6, r8, r4\n\t"                                                                     \
+    "smlad r5, r6, r9, r5\n\t"
+
+/* 20 bytes of code. */
+#define SHOAL_FAR_WORD                                                                             \
+    "ldr.w r7, [r1, r2]\n\t"                                                                       \
+    "ldr.w r6, [r1], #4\n\t"                                                                       \
+    "ldrd r8, r9, [r0], #8\n\t"                                                                    \
+    "smlad r4, r6, r8, r4\n\t"                                                                     \
+    "smlad r5, r7, r9, r5\n\t"
+
+__attribute__((naked, noinline)) static void
+near_taps(struct taps_job *job __attribute__((unused)))
+{
+    __asm__ volatile(SHOAL_TAPS(SHOAL_NEAR_WORD));
+}
+
+__attribute__((naked, noinline)) static void
+far_taps(struct taps_job *job __attribute__((unused)))
+{
+    __asm__ volatile(SHOAL_TAPS(SHOAL_FAR_WORD));
+}
+
+/* Weights as words of the ring meet them: two a word, at a pixel that begins at an even place, and
+ * at the next one, which begins at an odd place where the stride is odd. */
+static void pair_taps(const struct shoal_depthwise *k, const int8_t *w, uint32_t *pairs)
+{
+    int16_t line[2U * SHOAL_MOST_WORDS + 2U] = {0};
+    const uint32_t odd = 1U - k->stride_x % 2U;
+    for (uint32_t row = 0U; row < k->kernel_height; row++) {
+        int16_t *at = line + 1;
+        for (uint32_t tap = 0U; tap < k->kernel_width; tap++) {
+            *at = *w;
+            at += k->dilation_x;
+            w++;
+        }
+        for (uint32_t word = 0U; word < 2U * k->words; word += 2U) {
+            pairs[0] = load4(line + 1U + word);
+            pairs[1] = load4(line + odd + word);
+            pairs += 2;
+        }
+    }
+}
+
+/* For fast layers; clamped to int8 only. */
+static void taps_rows(const struct shoal_depthwise *k, const int16_t *const *rows, uint32_t *pairs,
+                      int8_t *to)
+{
+    const int8_t *w = k->weights;
+    const uint32_t code = k->stride_x == 1U ? 16U : 20U;
+    for (uint32_t c = 0U; c < k->channel_count; c++) {
+        struct taps_job job = {rows, k->kernel_height, c * k->plane * 2U,
+                               (SHOAL_MOST_WORDS - k->words) * code, pairs,
+                               k->stride_x / 2U * 4U, k->stride_x * 4U, to + c, k->channel_count,
+                               k->out_width, k->channels + c};
+        pair_taps(k, w, pairs);
+        if (k->stride_x == 1U) {
+            near_taps(&job);
+        } else {
+            far_taps(&job);
+        }
+        w += (uint32_t)k->kernel_height * k->kernel_width;
+    }
 }
 
 #endif
@@ -1158,64 +1306,162 @@ static void plane_row(const struct shoal_depthwise *k, const int8_t *input, uint
 
 #if defined(SHOAL_MVE)
 
-/* A tap of four pixels; apart: from the first to each. */
-static inline int32x4_t four_by_tap(int32x4_t sums, const int16_t *x, uint32x4_t apart,
-                                    uint32_t step, int32_t w)
+/* A row of a channel of a 3 x 3 kernel as the assembly reads it, by offset; a pixel's sum begins
+ * with the bias, both it and the weights doubled as often as the channel says. */
+struct vector_job {
+    const int16_t *rows[3];
+    int32_t weights[9];
+    int8_t *to;
+    uint32_t pixels;
+    int32_t bias;
+    uint32_t pitch; /* channels */
+    int32_t multiplier, rounding, right, low, high;
+};
+
+/* r0..r2 rows, r3..r11 weights, r12 output; q0 sums, q2 multiplier, q3 rounding, q4 shift, q5 where
+ * the bytes go, q6 and q7 low and high. On the stack: bias four times, a weight, the next step. */
+#define SHOAL_NINE_VECTORS(row0, row1, row2)                                                       \
+    "push {r4, r5, r6, r7, r8, r9, r10, r11, lr}\n\t"                                              \
+    "vpush {d8, d9, d10, d11, d12, d13, d14, d15}\n\t"                                             \
+    "sub sp, sp, #24\n\t"                                                                          \
+    "add r1, r0, #56\n\t"                                                                          \
+    "ldmia r1, {r1, r2, r3, r4, r5, r6, r7}\n\t"                                                   \
+    "vdup.32 q0, r1\n\t"                                                                           \
+    "vstrw.32 q0, [sp]\n\t"                                                                        \
+    "vdup.32 q2, r3\n\t"                                                                           \
+    "vdup.32 q3, r4\n\t"                                                                           \
+    "vdup.32 q4, r5\n\t"                                                                           \
+    "vdup.32 q6, r6\n\t"                                                                           \
+    "vdup.32 q7, r7\n\t"                                                                           \
+    "movs r4, #0\n\t"                                                                              \
+    "vidup.u32 q5, r4, #1\n\t"                                                                     \
+    "vmul.i32 q5, q5, r2\n\t"                                                                      \
+    "lsl r2, r2, #2\n\t"                                                                           \
+    "ldr r1, [r0, #44]\n\t"                                                                        \
+    "strd r1, r2, [sp, #16]\n\t"                                                                   \
+    "ldr lr, [r0, #52]\n\t"                                                                        \
+    "ldmia r0, {r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12}\n\t"                        \
+    "dlstp.32 lr, lr\n\t"                                                                          \
+    "1:\n\t"                                                                                       \
+    "vldrw.32 q0, [sp]\n\t"                                                                        \
+    "ldr r11, [sp, #16]\n\t"                                                                       \
+    row0 row1 row2                                                                                 \
+    "ldr r11, [sp, #20]\n\t"                                                                       \
+    "vqrdmulh.s32 q0, q0, q2\n\t"                                                                  \
+    "vshr.s32 q1, q0, #31\n\t"                                                                     \
+    "vadd.i32 q0, q0, q1\n\t"                                                                      \
+    "vadd.i32 q0, q0, q3\n\t"                                                                      \
+    "vshl.s32 q0, q0, q4\n\t"                                                                      \
+    "vmax.s32 q0, q0, q6\n\t"                                                                      \
+    "vmin.s32 q0, q0, q7\n\t"                                                                      \
+    "vstrb.32 q0, [r12, q5]\n\t"                                                                   \
+    "add r12, r12, r11\n\t"                                                                        \
+    "letp lr, 1b\n\t"                                                                              \
+    "add sp, sp, #24\n\t"                                                                          \
+    "vpop {d8, d9, d10, d11, d12, d13, d14, d15}\n\t"                                              \
+    "pop {r4, r5, r6, r7, r8, r9, r10, r11, pc}\n\t"
+
+/* Three taps of four pixels beside each other. */
+#define SHOAL_NEAR_VECTORS(row, w0, w1, w2)                                                        \
+    "vldrh.s32 q1, [" row ", #2]\n\t"                                                              \
+    "vmla.s32 q0, q1, " w1 "\n\t"                                                                  \
+    "vldrh.s32 q1, [" row ", #4]\n\t"                                                              \
+    "vmla.s32 q0, q1, " w2 "\n\t"                                                                  \
+    "vldrh.s32 q1, [" row "], #8\n\t"                                                              \
+    "vmla.s32 q0, q1, " w0 "\n\t"
+
+/* The same with a stride of 2: the lower halves of words, the higher ones, those of the next. */
+#define SHOAL_FAR_VECTORS(row, w0, w1, w2)                                                         \
+    "vldrw.32 q1, [" row ", #4]\n\t"                                                               \
+    "vmovlb.s16 q1, q1\n\t"                                                                        \
+    "vmla.s32 q0, q1, " w2 "\n\t"                                                                  \
+    "vldrw.32 q1, [" row "]\n\t"                                                                   \
+    "vmovlt.s16 q1, q1\n\t"                                                                        \
+    "vmla.s32 q0, q1, " w1 "\n\t"                                                                  \
+    "vldrw.32 q1, [" row "], #16\n\t"                                                              \
+    "vmovlb.s16 q1, q1\n\t"                                                                        \
+    "vmla.s32 q0, q1, " w0 "\n\t"
+
+__attribute__((naked, noinline)) static void
+near_vectors(const struct vector_job *job __attribute__((unused)))
 {
-    const int32x4_t values =
-        step == 1U ? vldrhq_s32(x) : vldrhq_gather_shifted_offset_s32(x, apart);
-    return vmlaq_n_s32(sums, values, w);
+    __asm__ volatile(SHOAL_NINE_VECTORS(SHOAL_NEAR_VECTORS("r0", "r3", "r4", "r5"),
+                                        SHOAL_NEAR_VECTORS("r1", "r6", "r7", "r8"),
+                                        SHOAL_NEAR_VECTORS("r2", "r9", "r10", "r11")));
 }
 
-/* Taps of a row of the kernel times four pixels. */
-static inline int32x4_t four_by_taps(int32x4_t sums, const int16_t *x, uint32x4_t apart,
-                                     uint32_t step, const int8_t *w, uint32_t taps,
-                                     uint32_t dilation)
+__attribute__((naked, noinline)) static void
+far_vectors(const struct vector_job *job __attribute__((unused)))
 {
-    if (taps == 3U) {
-        sums = four_by_tap(sums, x, apart, step, w[0]);
-        sums = four_by_tap(sums, x + dilation, apart, step, w[1]);
-        return four_by_tap(sums, x + 2U * dilation, apart, step, w[2]);
+    __asm__ volatile(SHOAL_NINE_VECTORS(SHOAL_FAR_VECTORS("r0", "r3", "r4", "r5"),
+                                        SHOAL_FAR_VECTORS("r1", "r6", "r7", "r8"),
+                                        SHOAL_FAR_VECTORS("r2", "r9", "r10", "r11")));
+}
+
+static void nine_rows(const struct shoal_depthwise *k, const int16_t *const *rows,
+                      const struct output *o, int8_t *to)
+{
+    const uint32_t channels = k->channel_count;
+    const uint32_t plane = k->plane;
+    const uint32_t step = k->stride_x;
+    const int8_t *w = k->weights;
+    const struct shoal_channel *c = k->channels;
+    struct vector_job job = {{rows[0], rows[1], rows[2]}, {0, 0, 0, 0, 0, 0, 0, 0, 0}, to,
+                             k->out_width, 0, channels, 0, 0, 0, o->low, o->high};
+    for (uint32_t i = 0U; i < channels; i++) {
+        const int32_t factor = (int32_t)(1U << c->left);
+        vstrwq_s32(job.weights, vmulq_n_s32(vldrbq_s32(w), factor));
+        vstrwq_s32(job.weights + 4, vmulq_n_s32(vldrbq_s32(w + 4), factor));
+        job.weights[8] = w[8] * factor;
+        job.bias = c->bias * factor;
+        job.multiplier = c->multiplier;
+        job.rounding = c->rounding;
+        job.right = -(int32_t)c->right;
+        if (step == 1U) {
+            near_vectors(&job);
+        } else {
+            far_vectors(&job);
+        }
+        for (uint32_t row = 0U; row < 3U; row++) {
+            job.rows[row] += plane;
+        }
+        job.to++;
+        w += 9;
+        c++;
     }
-    for (uint32_t tap = 0U; tap < taps; tap++) {
-        sums = four_by_tap(sums, x, apart, step, w[tap]);
-        x += dilation;
-    }
-    return sums;
 }
 
 /* A row of the output of one channel of a fast layer, whose pixels begin at `begin` of each row of
- * the ring. Inline, so that what is known of step, taps and dilation is decided once. */
-static inline __attribute__((always_inline)) void
-vector_row(const struct shoal_depthwise *k, const int16_t *const *rows, const struct output *o,
-           const int8_t *weights, const struct shoal_channel *c, uint32_t begin, int8_t *to,
-           bool nine, uint32_t step, uint32_t taps, uint32_t dilation)
+ * the ring: four pixels at a time. */
+static void vector_row(const struct shoal_depthwise *k, const int16_t *const *rows,
+                       const struct output *o, const int8_t *weights,
+                       const struct shoal_channel *c, uint32_t begin, int8_t *to)
 {
     const uint32_t pitch = k->channel_count;
     const uint32_t width = k->out_width;
+    const uint32_t taps = k->kernel_width;
+    const uint32_t height = k->kernel_height;
+    const uint32_t dilation = k->dilation_x;
+    const uint32_t step = k->stride_x;
     const uint32x4_t apart = vmulq_n_u32(vidupq_n_u32(0U, 1), step);
     const uint32x4_t places = vmulq_n_u32(vidupq_n_u32(0U, 1), pitch);
     const int32x4_t left = vdupq_n_s32(c->left);
     const int32x4_t right = vdupq_n_s32(-(int32_t)c->right);
-    const int32x4_t low = vdupq_n_s32(o->low);
-    const int32x4_t high = vdupq_n_s32(o->high);
     for (uint32_t x = 0U; x < width; x += 4U) {
         const int8_t *w = weights;
-        const uint32_t at = begin + x * step;
         int32x4_t sums = vdupq_n_s32(c->bias);
-        if (nine) {
-            sums = four_by_taps(sums, rows[0] + at, apart, step, w, taps, dilation);
-            sums = four_by_taps(sums, rows[1] + at, apart, step, w + 3, taps, dilation);
-            sums = four_by_taps(sums, rows[2] + at, apart, step, w + 6, taps, dilation);
-        } else {
-            for (uint32_t row = 0U; row < k->kernel_height; row++) {
-                sums = four_by_taps(sums, rows[row] + at, apart, step, w, taps, dilation);
-                w += taps;
+        for (uint32_t row = 0U; row < height; row++) {
+            const int16_t *value = rows[row] + begin + x * step;
+            for (uint32_t tap = 0U; tap < taps; tap++) {
+                sums = vmlaq_n_s32(sums, vldrhq_gather_shifted_offset_s32(value, apart), w[tap]);
+                value += dilation;
             }
+            w += taps;
         }
         const int32x4_t t = vqrdmulhq_n_s32(vshlq_s32(sums, left), c->multiplier);
         const int32x4_t rounded = vaddq_n_s32(vaddq_s32(t, vshrq_n_s32(t, 31)), c->rounding);
-        const int32x4_t value = vminq_s32(vmaxq_s32(vshlq_s32(rounded, right), low), high);
+        const int32x4_t value = vminq_s32(vmaxq_s32(vshlq_s32(rounded, right),
+                                                    vdupq_n_s32(o->low)), vdupq_n_s32(o->high));
         vstrbq_scatter_offset_p_s32(to, places, value, vctp32q(width - x));
         to += 4U * pitch;
     }
@@ -1225,19 +1471,9 @@ static void vector_rows(const struct shoal_depthwise *k, const int16_t *const *r
                         const struct output *o, int8_t *to)
 {
     const uint32_t taps = (uint32_t)k->kernel_height * k->kernel_width;
-    const int8_t *w = k->weights;
     for (uint32_t i = 0U; i < k->channel_count; i++) {
         const struct shoal_channel c = k->channels[i];
-        const uint32_t begin = i * k->plane;
-        if ((k->nine != 0U) && (k->stride_x == 1U)) {
-            vector_row(k, rows, o, w, &c, begin, to + i, true, 1U, 3U, 1U);
-        } else if (k->nine != 0U) {
-            vector_row(k, rows, o, w, &c, begin, to + i, true, 2U, 3U, 1U);
-        } else {
-            vector_row(k, rows, o, w, &c, begin, to + i, false, k->stride_x,
-                       k->kernel_width, k->dilation_x);
-        }
-        w += taps;
+        vector_row(k, rows, o, k->weights + i * taps, &c, i * k->plane, to + i);
     }
 }
 
@@ -1300,7 +1536,8 @@ void shoal_depthwise(const struct shoal_depthwise *k, const int8_t *input, int8_
                      void *scratch)
 {
     const int16_t **rows = (const int16_t **)scratch;
-    int16_t *const ring = (int16_t *)(void *)(rows + k->kernel_height);
+    uint32_t *const pairs = (uint32_t *)(void *)(rows + k->kernel_height);
+    int16_t *const ring = (int16_t *)(void *)(pairs + 2U * k->kernel_height * k->words);
     const uint32_t channels = k->channel_count;
     const uint32_t ring_row = channels * k->plane;
     const uint32_t row_bytes = k->out_width * channels;
@@ -1319,20 +1556,20 @@ void shoal_depthwise(const struct shoal_depthwise *k, const int8_t *input, int8_
         }
 #if defined(SHOAL_MVE)
         if (o.fast != 0U) {
-            vector_rows(k, rows, &o, output);
+            if (k->nine != 0U) {
+                nine_rows(k, rows, &o, output);
+            } else {
+                vector_rows(k, rows, &o, output);
+            }
             output += row_bytes;
             continue;
         }
 #elif defined(SHOAL_DSP)
-        if ((k->nine != 0U) && (o.fast != 0U)) {
-            struct planes_job job = {{0U, 0U, 0U, 0U, 0U, 0U}, 0, 0, 0U, 0U,
-                                     {rows[0], rows[1], rows[2]}, output, k->weights,
-                                     k->channels, k->plane * 2U, channels, k->out_width,
-                                     channels};
-            if (k->stride_x == 1U) {
-                nine_near_taps(&job);
+        if ((o.fast != 0U) && ((k->nine != 0U) || (k->words != 0U))) {
+            if (k->nine != 0U) {
+                nine_rows(k, rows, output);
             } else {
-                nine_far_taps(&job);
+                taps_rows(k, rows, pairs, output);
             }
             if (o.full == 0U) {
                 for (uint32_t i = 0U; i < row_bytes; i++) {

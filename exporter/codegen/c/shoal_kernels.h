@@ -87,10 +87,11 @@ struct shoal_depthwise {
     uint16_t plane;
     int16_t in_zero, out_zero, low, high;
     uint8_t fast;
-    uint8_t nine; /* 3 x 3 beside each other, stride_x 1 or 2 */
+    uint8_t nine;  /* 3 x 3 beside each other, stride_x 1 or 2 */
+    uint8_t words; /* of the ring that the taps of a row meet, 1 .. 4; 0: more, or nine */
 };
 
-/** scratch: a pointer for each row of the kernel, ring; on a 4-byte boundary. */
+/** scratch: a pointer and 2 * words words for each row of the kernel, ring; 4-byte boundary. */
 void shoal_depthwise(const struct shoal_depthwise *k, const int8_t *input, int8_t *output,
                      void *scratch);
 
