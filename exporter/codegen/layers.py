@@ -517,7 +517,7 @@ def _woven(weights: NDArray[np.int8], reach: int) -> int:
     if (256 * wide[:, 1] + wide[:, 0]).min() < -(2**15):
         return 0
     most = (256 * np.abs(wide[:, 1]) + np.abs(wide[:, 0])) * reach
-    quads = weights.shape[3] // 4
+    quads = int(weights.shape[3]) // 4
     for parts in range(1, quads + 1):
         chunk = -(-quads // parts)
         starts = np.arange(0, 4 * quads, 4 * chunk)

@@ -1219,34 +1219,34 @@ static void taps_rows(const struct shoal_depthwise *k, const int16_t *const *row
 #endif
 
 /* Pairs of pixels of four channels, to words of four planes. channels: bytes from a pixel to the
- * next; plane: bytes; offset: less the zero point, twice. */
-__attribute__((noinline)) static void four_planes(const int8_t *from, uint32_t channels,
-                                                  uint32_t pairs, uint32_t offset, int16_t *to,
-                                                  uint32_t plane)
+ * next; offset: less the zero point, twice; plane: bytes. r0..r5 the arguments, r6 three planes. */
+__attribute__((naked, noinline)) static void
+four_planes(const int8_t *from __attribute__((unused)), uint32_t channels __attribute__((unused)),
+            uint32_t pairs __attribute__((unused)), uint32_t offset __attribute__((unused)),
+            int16_t *to __attribute__((unused)), uint32_t plane __attribute__((unused)))
 {
-    const uint32_t last = 3U * plane;
-    __asm__ volatile("1:\n\t"
-                     "ldr r4, [%[from]]\n\t"
-                     "ldr r5, [%[from], %[channels]]\n\t"
-                     "sxtab16 r6, %[offset], r4\n\t"
-                     "sxtab16 r4, %[offset], r4, ror #8\n\t"
-                     "sxtab16 r8, %[offset], r5\n\t"
-                     "sxtab16 r5, %[offset], r5, ror #8\n\t"
-                     "pkhbt r9, r4, r5, lsl #16\n\t"
-                     "str r9, [%[to], %[plane]]\n\t"
-                     "pkhtb r9, r8, r6, asr #16\n\t"
-                     "str r9, [%[to], %[plane], lsl #1]\n\t"
-                     "pkhtb r9, r5, r4, asr #16\n\t"
-                     "str r9, [%[to], %[last]]\n\t"
-                     "pkhbt r9, r6, r8, lsl #16\n\t"
-                     "str r9, [%[to]], #4\n\t"
-                     "add %[from], %[from], %[channels], lsl #1\n\t"
-                     "subs %[pairs], %[pairs], #1\n\t"
+    __asm__ volatile("push {r4, r5, r6, r7, r8, r9, r10, lr}\n\t"
+                     "ldrd r4, r5, [sp, #32]\n\t"
+                     "add r6, r5, r5, lsl #1\n\t"
+                     "1:\n\t"
+                     "ldr r7, [r0]\n\t"
+                     "ldr r8, [r0, r1]\n\t"
+                     "sxtab16 r9, r3, r7\n\t"
+                     "sxtab16 r7, r3, r7, ror #8\n\t"
+                     "sxtab16 r10, r3, r8\n\t"
+                     "sxtab16 r8, r3, r8, ror #8\n\t"
+                     "pkhbt r12, r7, r8, lsl #16\n\t"
+                     "str r12, [r4, r5]\n\t"
+                     "pkhtb r12, r10, r9, asr #16\n\t"
+                     "str r12, [r4, r5, lsl #1]\n\t"
+                     "pkhtb r12, r8, r7, asr #16\n\t"
+                     "str r12, [r4, r6]\n\t"
+                     "pkhbt r12, r9, r10, lsl #16\n\t"
+                     "str r12, [r4], #4\n\t"
+                     "add r0, r0, r1, lsl #1\n\t"
+                     "subs r2, r2, #1\n\t"
                      "bne 1b\n\t"
-                     : [from] "+r"(from), [to] "+r"(to), [pairs] "+r"(pairs)
-                     : [channels] "r"(channels), [offset] "r"(offset), [plane] "r"(plane),
-                       [last] "r"(last)
-                     : "r4", "r5", "r6", "r8", "r9", "cc", "memory");
+                     "pop {r4, r5, r6, r7, r8, r9, r10, pc}\n\t");
 }
 
 #endif
