@@ -284,7 +284,7 @@ def _slot_files(board: Board) -> list[Path]:
 
 def _port_files(board: Board) -> list[Path]:
     port = "port_rv32.c" if board.toolchain == "riscv" else "port_cortex_m.c"
-    return [FIRMWARE / port, FIRMWARE / f"uart_{board.uart.driver}.c"]
+    return [FIRMWARE / name for name in (port, "port_bare.c", f"uart_{board.uart.driver}.c")]
 
 
 def _link(

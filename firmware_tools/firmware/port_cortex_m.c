@@ -1,4 +1,5 @@
 /* Startup, counter, watchdog and sleep of Arm Cortex-M (Armv6-M, Armv7-M, Armv8-M manuals). */
+#include "shoal_bare.h"
 #include "shoal_board.h"
 #include "shoal_handover.h"
 #include "shoal_port.h"
@@ -18,42 +19,23 @@
 
 #define ICSR_SYSTICK_PENDING (1U << 26)
 #define SYSTICK_RELOAD 0x00FFFFFFU
-#define STACK_PAINT 0xA5A5A5A5U
-
-struct shoal_ring shoal_port_received;
-struct shoal_ring shoal_port_to_send;
-volatile uint32_t shoal_port_overruns;
-struct shoal_handover shoal_handover __attribute__((section(".handover")));
 
 static volatile uint32_t systick_wraps;
 static uint32_t core_hz;
 
-/* From the linker script. */
-extern uint32_t shoal_stack_low[];
-extern uint32_t shoal_stack_top[];
-extern uint32_t shoal_data_from[];
-extern uint32_t shoal_data_begin[];
-extern uint32_t shoal_data_end[];
-extern uint32_t shoal_bss_begin[];
-extern uint32_t shoal_bss_end[];
+extern uint32_t shoal_stack_top[]; /* from the linker script */
 
 int main(void);
 void shoal_reset_handler(void);
 
-/* Addresses of different symbols are compared as numbers, which C allows. */
-static inline bool below(const volatile uint32_t *word, const volatile void *end)
-{
-    return (uintptr_t)word < (uintptr_t)end;
-}
-
-static inline uint32_t interrupts_off(void)
+uint32_t shoal_bare_interrupts_off(void)
 {
     uint32_t before;
     __asm volatile("mrs %0, primask\n\tcpsid i" : "=r"(before)::"memory");
     return before;
 }
 
-static inline void interrupts_as(uint32_t before)
+void shoal_bare_interrupts_as(uint32_t before)
 {
     __asm volatile("msr primask, %0" ::"r"(before) : "memory");
 }
@@ -162,58 +144,22 @@ static uint32_t uart_hz(uint32_t core)
 
 /* The port. */
 
-void shoal_port_send(void)
-{
-    const uint32_t before = interrupts_off();
-    shoal_uart_serve();
-    interrupts_as(before);
-}
-
-void shoal_port_wait(void)
-{
-    /* A pending interrupt ends the sleep also while interrupts are off: none slips in between. */
-    const uint32_t before = interrupts_off();
-    if (shoal_ring_used(&shoal_port_received) == 0U) {
-        __asm volatile("wfi" ::: "memory");
-    }
-    interrupts_as(before);
-}
-
 uint64_t shoal_port_ticks(void)
 {
-    const uint32_t before = interrupts_off();
+    const uint32_t before = shoal_bare_interrupts_off();
     uint32_t left = SYST_CVR;
     uint64_t wraps = systick_wraps;
     if ((ICSR & ICSR_SYSTICK_PENDING) != 0U) {
         wraps++; /* it wrapped, and its interrupt waits for us */
         left = SYST_CVR;
     }
-    interrupts_as(before);
+    shoal_bare_interrupts_as(before);
     return (wraps * (SYSTICK_RELOAD + 1U)) + (SYSTICK_RELOAD - left);
 }
 
 uint32_t shoal_port_tick_hz(void)
 {
     return core_hz;
-}
-
-uint32_t shoal_port_stack_bytes(void)
-{
-    return (uint32_t)((uintptr_t)shoal_stack_top - (uintptr_t)shoal_stack_low);
-}
-
-uint32_t shoal_port_stack_used_bytes(void)
-{
-    const volatile uint32_t *word = shoal_stack_low;
-    while (below(word, shoal_stack_top) && (*word == STACK_PAINT)) {
-        word++;
-    }
-    return (uint32_t)((uintptr_t)shoal_stack_top - (uintptr_t)word);
-}
-
-uint32_t shoal_port_resets(void)
-{
-    return shoal_handover.resets;
 }
 
 void shoal_port_reset(bool to_bootloader)
@@ -252,35 +198,14 @@ static void uart_handler(void)
 
 void shoal_reset_handler(void)
 {
-#if !SHOAL_POLLED
-    for (volatile uint32_t *word = shoal_stack_low;
-         below(word + 16, __builtin_frame_address(0)); word++) {
-        *word = STACK_PAINT;
-    }
-#endif
-    const uint32_t *from = shoal_data_from;
-    for (volatile uint32_t *to = shoal_data_begin; below(to, shoal_data_end); to++) {
-        *to = *from;
-        from++;
-    }
-    for (volatile uint32_t *to = shoal_bss_begin; below(to, shoal_bss_end); to++) {
-        *to = 0U;
-    }
 #if SHOAL_HAS_FPU
     CPACR |= 0xFU << 20;
     __asm volatile("dsb\n\tisb" ::: "memory");
 #endif
+    shoal_bare_start();
 #if SHOAL_HAS_VTOR
     VTOR = SHOAL_VECTORS;
 #endif
-    if (shoal_handover.magic != SHOAL_HANDOVER_MAGIC) {
-        shoal_handover = (struct shoal_handover){.magic = SHOAL_HANDOVER_MAGIC};
-    } else if (shoal_handover.asked != 1U) {
-        shoal_handover.resets++;
-    } else {
-        /* it was wanted */
-    }
-    shoal_handover.asked = 0U;
     core_hz = clock_begin();
     SYST_RVR = SYSTICK_RELOAD;
     SYST_CVR = 0U;

@@ -1,4 +1,5 @@
 /* Startup, counter and sleep of RISC-V in machine mode, with a PLIC (QEMU's virt board). */
+#include "shoal_bare.h"
 #include "shoal_board.h"
 #include "shoal_handover.h"
 #include "shoal_port.h"
@@ -11,34 +12,13 @@
 #define PLIC_CLAIM SHOAL_REGISTER(0x0C200004U)
 #define TEST_FINISHER SHOAL_REGISTER(0x00100000U)
 #define FINISHER_RESET 0x7777U
-#define STACK_PAINT 0xA5A5A5A5U
 #define MSTATUS_MIE "8"
-
-struct shoal_ring shoal_port_received;
-struct shoal_ring shoal_port_to_send;
-volatile uint32_t shoal_port_overruns;
-struct shoal_handover shoal_handover __attribute__((section(".handover")));
-
-/* From the linker script. */
-extern uint32_t shoal_stack_low[];
-extern uint32_t shoal_stack_top[];
-extern uint32_t shoal_data_from[];
-extern uint32_t shoal_data_begin[];
-extern uint32_t shoal_data_end[];
-extern uint32_t shoal_bss_begin[];
-extern uint32_t shoal_bss_end[];
 
 int main(void);
 void shoal_reset_handler(void);
 void shoal_begin(void);
 
-/* Addresses of different symbols are compared as numbers, which C allows. */
-static inline bool below(const volatile uint32_t *word, const volatile void *end)
-{
-    return (uintptr_t)word < (uintptr_t)end;
-}
-
-static inline uint32_t interrupts_off(void)
+uint32_t shoal_bare_interrupts_off(void)
 {
     uint32_t before = 0U;
     __asm__ volatile(".option push\n\t.option arch, +zicsr\n\t"
@@ -47,7 +27,7 @@ static inline uint32_t interrupts_off(void)
     return before & 8U;
 }
 
-static inline void interrupts_as(uint32_t before)
+void shoal_bare_interrupts_as(uint32_t before)
 {
     __asm__ volatile(".option push\n\t.option arch, +zicsr\n\t"
                      "csrs mstatus, %0\n\t.option pop" ::"r"(before)
@@ -56,23 +36,6 @@ static inline void interrupts_as(uint32_t before)
 
 void shoal_port_alive(void)
 {
-}
-
-void shoal_port_send(void)
-{
-    const uint32_t before = interrupts_off();
-    shoal_uart_serve();
-    interrupts_as(before);
-}
-
-void shoal_port_wait(void)
-{
-    /* A pending interrupt ends the sleep also while interrupts are off: none slips in between. */
-    const uint32_t before = interrupts_off();
-    if (shoal_ring_used(&shoal_port_received) == 0U) {
-        __asm__ volatile("wfi" ::: "memory");
-    }
-    interrupts_as(before);
 }
 
 uint64_t shoal_port_ticks(void)
@@ -91,25 +54,6 @@ uint64_t shoal_port_ticks(void)
 uint32_t shoal_port_tick_hz(void)
 {
     return SHOAL_TICK_HZ;
-}
-
-uint32_t shoal_port_stack_bytes(void)
-{
-    return (uint32_t)((uintptr_t)shoal_stack_top - (uintptr_t)shoal_stack_low);
-}
-
-uint32_t shoal_port_stack_used_bytes(void)
-{
-    const volatile uint32_t *word = shoal_stack_low;
-    while (below(word, shoal_stack_top) && (*word == STACK_PAINT)) {
-        word++;
-    }
-    return (uint32_t)((uintptr_t)shoal_stack_top - (uintptr_t)word);
-}
-
-uint32_t shoal_port_resets(void)
-{
-    return shoal_handover.resets;
 }
 
 void shoal_port_reset(bool to_bootloader)
@@ -142,26 +86,7 @@ static __attribute__((interrupt("machine"), aligned(4))) void trap_handler(void)
 
 void shoal_begin(void)
 {
-    for (volatile uint32_t *word = shoal_stack_low;
-         below(word + 16, __builtin_frame_address(0)); word++) {
-        *word = STACK_PAINT;
-    }
-    const uint32_t *from = shoal_data_from;
-    for (volatile uint32_t *to = shoal_data_begin; below(to, shoal_data_end); to++) {
-        *to = *from;
-        from++;
-    }
-    for (volatile uint32_t *to = shoal_bss_begin; below(to, shoal_bss_end); to++) {
-        *to = 0U;
-    }
-    if (shoal_handover.magic != SHOAL_HANDOVER_MAGIC) {
-        shoal_handover = (struct shoal_handover){.magic = SHOAL_HANDOVER_MAGIC};
-    } else if (shoal_handover.asked != 1U) {
-        shoal_handover.resets++;
-    } else {
-        /* it was wanted */
-    }
-    shoal_handover.asked = 0U;
+    shoal_bare_start();
     shoal_uart_begin(SHOAL_TICK_HZ);
     PLIC_PRIORITY(SHOAL_UART_RX_IRQ) = 1U;
     PLIC_ENABLE(SHOAL_UART_RX_IRQ / 32U) = 1U << (SHOAL_UART_RX_IRQ % 32U);
