@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import Mosquitto
+from tiers_fleet import CLASSES, SAMPLES, expected, tiers_bundle, views
 from toy_fleet import DESK, HELD_OUT, copy_bundle, device_ids, digits, toy_bundle
 
 from agent.cli import main
@@ -27,9 +29,11 @@ NAMES = (*device_ids(3), DESK)
 
 
 @contextmanager
-def running(bundle: Path, address: BrokerAddress) -> Iterator[dict[str, RunningDevice]]:
+def running(
+    bundle: Path, address: BrokerAddress, names: tuple[str, ...] = NAMES
+) -> Iterator[dict[str, RunningDevice]]:
     """The bundle's devices in this process; each tells how it is doing several times a second."""
-    devices = {name: RunningDevice(bundle, name, address, stop=threading.Event()) for name in NAMES}
+    devices = {name: RunningDevice(bundle, name, address, stop=threading.Event()) for name in names}
     ended = threading.Event()
 
     def tell() -> None:
@@ -204,6 +208,34 @@ def test_what_cannot_be_asked_ends_with_exit_2(arguments: tuple[str, ...], wrong
 
     assert said.exit_code == 2
     assert wrong in said.stderr
+
+
+@pytest.mark.broker
+def test_triggered_fleet_is_measured_exit_by_exit(tmp_path, mosquitto: Mosquitto):
+    manifest = tiers_bundle(tmp_path / "bundle")
+    fleet = load_fleet(tmp_path / "bundle" / "fleet.yaml")
+    truth = [expected(seen) for seen in views()]
+    labels = [0 if x.label is None else int(x.label[-1]) for x in truth]
+    labels[0] = (labels[0] + 1) % CLASSES
+    data = tmp_path / "views.npz"
+    np.savez(data, X=views(), label=labels)
+    samples = read_samples(str(data), manifest, fleet, SAMPLES, trigger=True)
+
+    with mosquitto.start() as broker:
+        address = BrokerAddress(broker.host, broker.port)
+        names = tuple(device.id for device in fleet.devices)
+        with running(tmp_path / "bundle", address, names):
+            run = measure(manifest, fleet, address, samples)
+
+    assert (run.trigger, run.incomplete, run.samples) == (True, 0, "X of views.npz")
+    assert {way.tier: way.decisions for way in run.ways} == Counter(x.tier for x in truth)
+    assert run.unknown == sum(x.label is None for x in truth)
+    # One label is wrong, and where nobody sees anything nothing is guessed.
+    assert run.right == SAMPLES - 1 - run.unknown
+    local = next(way for way in run.ways if way.tier == 1)
+    assert {row.kind for row in local.sent} >= {"request", "scores"}
+    assert all(row.kind != "features" for row in local.sent)
+    assert local.bytes_of(None) == 40
 
 
 def test_samples_lie_evenly_over_the_file_and_start_again_where_they_are_few(tmp_path):
