@@ -52,7 +52,9 @@ def measure(cmsis_nn: Path, revision: str) -> dict[str, Any]:
     found = {name: _layer(tflite, cmsis_nn) for name, tflite in layers().items()}
     resnet = read_graph((SHARED / MODEL).read_bytes())
     counts = [
-        _run(resnet, operator, cmsis_nn, layer_input(resnet.tensors[operator.inputs[0]].size))
+        run_operator(
+            resnet, operator, cmsis_nn, layer_input(resnet.tensors[operator.inputs[0]].size)
+        )
         for operator in resnet.operators
         if operator.name in KERNELS
     ]
@@ -68,7 +70,7 @@ def _layer(tflite: bytes, cmsis_nn: Path) -> dict[str, int]:
     graph = read_graph(tflite)
     piece = generate(tflite, "piece")
     stored = layer_input(piece.input_bytes)
-    peer = _run(graph, graph.operators[0], cmsis_nn, stored)
+    peer = run_operator(graph, graph.operators[0], cmsis_nn, stored)
     with tempfile.TemporaryDirectory() as name:
         write_piece(piece, Path(name))
         ours = measure_piece(Path(name), "piece", target_board(TARGET), stored)
@@ -79,8 +81,10 @@ def _layer(tflite: bytes, cmsis_nn: Path) -> dict[str, int]:
     }
 
 
-def _run(graph: Graph, operator: Operator, cmsis_nn: Path, stored: NDArray[np.int8]) -> Measured:
-    """One operator by the peer. stored: (1, input bytes) int8."""
+def run_operator(
+    graph: Graph, operator: Operator, cmsis_nn: Path, stored: NDArray[np.int8]
+) -> Measured:
+    """One operator by the peer's kernel. stored: (N, input bytes) int8."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _copy_peer(cmsis_nn, folder)
