@@ -23,6 +23,7 @@ from exporter.cost.work import PieceWork
 HEAD = ("what", "estimated", "measured", "difference")
 TOLD_RUNTIMES = {"litert", "none"}
 """Runtimes whose processes' memory can be reckoned; others run pieces elsewhere, or emulate."""
+TESTED = " (measured, test data)"
 LATENCY, PUBLISHED, REQUEST, MEMORY, ACCURACY = (
     "latency", "published", "request", "memory", "accuracy"
 )  # fmt: skip
@@ -69,10 +70,15 @@ class Compared:
         """Cells of HEAD."""
         return (
             self.what,
-            "-" if self.estimated is None else self._text(self.estimated),
+            self._foretold(),
             self._text(self.measured),
             self._told(),
         )
+
+    def _foretold(self) -> str:
+        if self.estimated is None:
+            return "-"
+        return self._text(self.estimated) + (TESTED if self.kind == ACCURACY else "")
 
     def _text(self, value: float) -> str:
         if self.kind == ACCURACY:
@@ -127,9 +133,8 @@ def compared(
     rows += _memories(manifest, run, works)
     tested = manifest.figures.get("accuracy_fleet")
     if run.accuracy is not None:
-        what = "accuracy: test data (measured), live"
         known = None if tested is None else tested.value
-        rows.append(Compared(ACCURACY, what, known, run.accuracy))
+        rows.append(Compared(ACCURACY, "accuracy", known, run.accuracy))
     return tuple(rows)
 
 

@@ -105,7 +105,7 @@ def test_report_has_the_section_and_the_terminal_the_table(tmp_path):
         assert "stood in for the devices" in text
         assert "pi-4, mcu, pi-5; 100 Mbit/s, 0.5 ms, shared" in text
     assert "published by pi-shelf 46 B 46 B equal" in words
-    assert "accuracy: test data (measured), live" in words
+    assert "accuracy 94.44 % (measured, test data) 90.00 % -4.44 points" in words
 
 
 def test_report_as_json_tells_each_figure_with_its_origin(tmp_path):
