@@ -15,7 +15,7 @@ FIRMWARE_PACKAGES := gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm \
 # What this machine lacks is skipped; with CI=true it fails, and the emulated userlands run too.
 test: $(READY) lint
 	@sh .ci/system-packages mosquitto $(FIRMWARE_PACKAGES) $(if $(filter true,$(CI)),chromium g++ openssl)
-	$(BIN)/python -m pytest -m "not pi" $(ARGS)
+	$(BIN)/python -m pytest -m "not pi" -n 2 --dist loadfile $(ARGS)
 ifeq ($(CI),true)
 	$(MAKE) test-pi
 endif

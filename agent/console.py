@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,8 +61,10 @@ def print_table(
 
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     aligned = set(right)
-    for column in columns:
-        table.add_column(column, justify="right" if column in aligned else "left", overflow="fold")
+    for i, column in enumerate(columns):
+        justify: Literal["left", "right"] = "right" if column in aligned else "left"
+        # In a narrow terminal what a row is called stays in one piece.
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=i == 0)
     for row in rows:
         cells = (row.get(column) for column in columns)
         table.add_row(*(Text("-" if cell is None else str(cell)) for cell in cells))

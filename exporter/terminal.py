@@ -22,6 +22,10 @@ _NUMBERS = {
     "estimated",
     "measured",
     "difference",
+    "samples",
+    "and",
+    "R2",
+    "error",
 }
 """Columns that are aligned to the right."""
 

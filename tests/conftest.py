@@ -8,6 +8,9 @@ from hypothesis import HealthCheck, settings
 
 from agent.broker import Broker, find_mosquitto, start_broker
 
+# What tests read is piped; a worker of pytest-xdist is told the width of the terminal.
+os.environ.pop("COLUMNS", None)
+
 # The same examples in every run; how long one takes on a busy machine decides nothing.
 settings.register_profile(
     "shoal", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

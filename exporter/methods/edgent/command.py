@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.protocol.errors import DataError
+from exporter.terminal import print_table
 
 if TYPE_CHECKING:
     from exporter.methods.edgent.profile import LatencyProfile
@@ -184,12 +185,6 @@ def _teller() -> Callable[[str, int, int], None]:
 
 
 def _print(found: LatencyProfile) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for name in ("layer", "samples", "fitted", "and", "R2", "error"):
-        table.add_column(name, justify="left" if name in ("layer", "fitted") else "right")
     rows = [
         (
             layer.kind,
@@ -206,10 +201,8 @@ def _print(found: LatencyProfile) -> None:
         )
         for layer in found.layers
     ]
-    for row in rows:
-        table.add_row(*row)
-    click.echo(f"{found.device_kind}: {found.source} ({found.machine})")
-    Console().print(table)
+    title = f"{found.device_kind}: {found.source} ({found.machine})"
+    print_table(("layer", "samples", "fitted", "and", "R2", "error"), rows, title)
     click.echo(
         "R2 and median error are of layers that a fit has not seen; running any model takes "
         f"{found.piece_ms * 1e3:.0f} us"
