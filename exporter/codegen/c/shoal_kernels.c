@@ -411,90 +411,92 @@ static void widen_weights(const int8_t *from, int16_t *to, uint32_t count)
     "smlad r6, r9, lr, r6\n\t"                                                                     \
     "smlad r7, r11, lr, r7\n\t"
 
+/* What SHOAL_OUTPUT takes of a channel. */
+struct factors {
+    int32_t multiplier, rounding;
+    uint32_t doubled, right;
+};
+
 /* A row of two output channels as the assembly reads it, by offset; it counts `to` and `blocks`. */
 struct row_job {
-    const int16_t *const *segments;
-    uint32_t segment_count;
-    uint32_t bytes;      /* of a stretch of widened weights of a pair: 16 a quad */
-    uint32_t step_bytes; /* from a pixel to the next */
+    struct factors factors[2];
+    int32_t biases[2];
     const int16_t *weights;
-    const struct shoal_channel *channels;
     int8_t *to;
-    uint32_t pitch;  /* output channels */
     uint32_t blocks; /* of two pixels, at least one */
+    uint32_t pitch;  /* output channels */
     uint32_t byte;   /* of the group in a pixel */
+    uint32_t bytes;  /* of a stretch of widened weights of a pair: 16 a quad */
+    uint32_t step_bytes; /* from a pixel to the next */
+    uint32_t skip;   /* bytes of code: quads that the first turn of four leaves out, 44 each */
+    const int16_t *const *segments;
+    const int16_t *const *segments_end;
 };
 
 /* Blocks of two pixels times two channels, for fast layers; clamped to int8 only. In
  * assembly because the inner loop needs every register: r0 weights, r1 and r2 pixels, r3 end of
- * the stretch, r4..r7 sums of both channels at pixel 0, then at pixel 1; r8..r12 and lr values. */
+ * the stretch, r4..r7 sums of both channels at pixel 0, then at pixel 1; r8..r12 and lr values.
+ * On the stack: byte, bytes, step, where a stretch's code begins, segment, their end, job. */
 __attribute__((naked, noinline)) static void fast_row(struct row_job *job __attribute__((unused)))
 {
     __asm__ volatile("push {r4, r5, r6, r7, r8, r9, r10, r11, lr}\n\t"
-                     "sub sp, sp, #28\n\t" /* byte, segments left, their count, bytes, step, job */
-                     "ldrd r2, r3, [r0, #8]\n\t"
-                     "strd r2, r3, [sp, #12]\n\t"
-                     "ldr r1, [r0, #36]\n\t"
-                     "str r1, [sp]\n\t"
-                     "str r0, [sp, #20]\n\t"
+                     "sub sp, sp, #28\n\t"
                      "mov r12, r0\n\t"
+                     "add r0, r0, #56\n\t"
+                     "ldmia r0, {r4, r5, r6, r7, r8, r9}\n\t"
+                     "adr.w r1, 3f\n\t"
+                     "add r7, r7, r1\n\t"
+                     "orr r7, r7, #1\n\t"
+                     "mov r10, r12\n\t"
+                     "stmia sp, {r4, r5, r6, r7, r8, r9, r10}\n\t"
                      "1:\n\t"
-                     "ldrd r8, r9, [r12]\n\t"
-                     "strd r8, r9, [sp, #4]\n\t"
-                     "ldrd r0, r3, [r12, #16]\n\t"
-                     "ldr r4, [r3]\n\t"
-                     "ldr r5, [r3, #16]\n\t"
+                     "ldr r8, [r12, #72]\n\t"
+                     "str r8, [sp, #16]\n\t"
+                     "ldrd r4, r5, [r12, #32]\n\t"
+                     "ldr r0, [r12, #40]\n\t"
                      "mov r6, r4\n\t"
                      "mov r7, r5\n\t"
                      "2:\n\t"
                      "ldmia sp, {r1, r8, r9, r10, r11}\n\t"
-                     "ldr r12, [r8], #4\n\t"
-                     "sub r9, r9, #1\n\t"
-                     "strd r8, r9, [sp, #4]\n\t"
+                     "ldr r12, [r11], #4\n\t"
+                     "str r11, [sp, #16]\n\t"
                      "add r1, r1, r12\n\t"
-                     "add r2, r1, r11\n\t"
-                     "add r3, r0, r10\n\t"
-                     "tst r10, #16\n\t"
-                     "beq 3f\n\t"
-                     SHOAL_QUAD
-                     "cmp r0, r3\n\t"
-                     "beq 4f\n\t"
+                     "add r2, r1, r9\n\t"
+                     "add r3, r0, r8\n\t"
+                     "bx r10\n\t"
+                     ".balign 4\n\t"
                      "3:\n\t"
+                     SHOAL_QUAD
+                     SHOAL_QUAD
                      SHOAL_QUAD
                      SHOAL_QUAD
                      "cmp r0, r3\n\t"
                      "bne 3b\n\t"
-                     "4:\n\t"
-                     "ldr r9, [sp, #8]\n\t"
-                     "cmp r9, #0\n\t"
+                     "ldrd r8, r9, [sp, #16]\n\t"
+                     "cmp r8, r9\n\t"
                      "bne 2b\n\t"
-                     "ldr r12, [sp, #20]\n\t"
-                     "ldr r3, [r12, #20]\n\t"
-                     "ldrd r1, r2, [r12, #24]\n\t"
-                     "ldrd r8, r9, [r3, #4]\n\t"
-                     "ldrb r10, [r3, #14]\n\t"
-                     "ldrb r11, [r3, #13]\n\t"
+                     "ldr r12, [sp, #24]\n\t"
+                     "ldmia r12, {r8, r9, r10, r11}\n\t"
                      SHOAL_OUTPUT("r4")
                      SHOAL_OUTPUT("r6")
-                     "ldrd r8, r9, [r3, #20]\n\t"
-                     "ldrb r10, [r3, #30]\n\t"
-                     "ldrb r11, [r3, #29]\n\t"
+                     "ldrd r8, r9, [r12, #16]\n\t"
+                     "ldrd r10, r11, [r12, #24]\n\t"
                      SHOAL_OUTPUT("r5")
                      SHOAL_OUTPUT("r7")
-                     "strb r5, [r1, #1]\n\t"
+                     "ldrd r1, r2, [r12, #44]\n\t"
+                     "ldr r3, [r12, #52]\n\t"
                      "strb r4, [r1]\n\t"
-                     "add r1, r1, r2\n\t"
-                     "strb r7, [r1, #1]\n\t"
+                     "strb r5, [r1, #1]\n\t"
+                     "add r1, r1, r3\n\t"
                      "strb r6, [r1]\n\t"
-                     "add r1, r1, r2\n\t"
-                     "ldr r3, [sp]\n\t"
-                     "ldr r4, [sp, #16]\n\t"
-                     "ldr r5, [r12, #32]\n\t"
-                     "add r3, r3, r4, lsl #1\n\t"
-                     "str r3, [sp]\n\t"
-                     "str r1, [r12, #24]\n\t"
-                     "subs r5, r5, #1\n\t"
-                     "str r5, [r12, #32]\n\t"
+                     "strb r7, [r1, #1]\n\t"
+                     "add r1, r1, r3\n\t"
+                     "ldr r4, [sp]\n\t"
+                     "ldr r5, [sp, #8]\n\t"
+                     "add r4, r4, r5, lsl #1\n\t"
+                     "str r4, [sp]\n\t"
+                     "subs r2, r2, #1\n\t"
+                     "strd r1, r2, [r12, #44]\n\t"
                      "bne 1b\n\t"
                      "add sp, sp, #28\n\t"
                      "pop {r4, r5, r6, r7, r8, r9, r10, r11, pc}\n\t");
@@ -851,8 +853,19 @@ static void conv_row(const struct shoal_conv *k, const struct dots *d, const str
 #if defined(SHOAL_DSP)
     const uint32_t blocks = k->out_width / 2U;
     if ((blocks != 0U) && (o->fast != 0U) && (outputs == 2U)) {
-        struct row_job job = {d->segments, d->segment_count, d->bytes, d->step_bytes, slab, c,
-                              to, pitch, blocks, group_byte};
+        struct row_job job = {{{c[0].multiplier, c[0].rounding, c[0].doubled, c[0].right},
+                               {c[1].multiplier, c[1].rounding, c[1].doubled, c[1].right}},
+                              {c[0].bias, c[1].bias},
+                              slab,
+                              to,
+                              blocks,
+                              pitch,
+                              group_byte,
+                              d->bytes,
+                              d->step_bytes,
+                              (0U - d->bytes / 16U) % 4U * 44U,
+                              d->segments,
+                              d->segments + d->segment_count};
         widen_weights(weights, slab, d->segment_count * d->bytes / 2U);
         fast_row(&job);
         x = blocks * 2U;
