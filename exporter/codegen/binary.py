@@ -334,6 +334,7 @@ def _bit_convp(number: int, conv: ConvP, here: _Map, there: _Map, at: str, targe
     if counter_bits > 16:
         raise UnsupportedLayer(f"{channels} channels of bits, at most 3640", _ELSEWHERE)
     starts = 2 ** (counter_bits - 1) - _levels(conv, here)
+    digits = starts[:, np.newaxis] >> np.arange(counter_bits)[:, np.newaxis] & 1
     block = min(filled, CHANNEL_BLOCK)
     whole = math.lcm(4, here.row)
     ring = -(-(3 * here.row + 4) // whole) * whole
@@ -356,7 +357,7 @@ def _bit_convp(number: int, conv: ConvP, here: _Map, there: _Map, at: str, targe
         (
             _struct("shoal_bit_convp", fields, 56),
             _table("uint16_t", "_weights", weights),
-            _table("uint16_t", "_starts", starts.astype(np.uint16)),
+            _table("uint16_t", "_starts", (digits << np.arange(9)).sum(axis=2)),
             inverted,
         ),
         scratch=TABLE_BYTES * block + 8 * filters * counter_bits + filters * ring,

@@ -316,7 +316,6 @@ struct matches {
 };
 
 #define SHOAL_PATTERNS 8U
-#define SHOAL_TYPES 9U
 #define SHOAL_LOW_BITS 6U /* of a counter, held in registers */
 
 /* Counts for each pattern of three weights; bit 0 of a pattern is the left one. */
@@ -386,18 +385,20 @@ static void start_counters(const struct shoal_bit_convp *k, const struct edges *
 {
     const uint32_t rows[3] = {e->top, ~(e->top | e->bottom), e->bottom};
     const uint32_t columns[3] = {e->left, ~(e->left | e->right), e->right & ~e->left};
-    const uint16_t *starts = k->starts;
-    memset(counters, 0, sizeof *counters * k->pool.filters * k->counter_bits);
-    for (uint32_t f = 0U; f < k->pool.filters; f++) {
-        for (uint32_t type = 0U; type < SHOAL_TYPES; type++) {
-            const uint32_t where = rows[type / 3U] & columns[type % 3U];
-            const uint32_t start = where != 0U ? starts[type] : 0U;
-            for (uint32_t bit = 0U; (start >> bit) != 0U; bit++) {
-                counters[bit] |= where & (0U - ((start >> bit) & 1U));
+    const uint32_t words = (uint32_t)k->pool.filters * k->counter_bits;
+    uint32_t chosen[3][SHOAL_PATTERNS]; /* of a row, the pixels of each choice of columns */
+    for (uint32_t row = 0U; row < 3U; row++) {
+        chosen[row][0] = 0U;
+        for (uint32_t column = 0U; column < 3U; column++) {
+            const uint32_t where = rows[row] & columns[column];
+            for (uint32_t i = 0U; i < (1U << column); i++) {
+                chosen[row][(1U << column) + i] = chosen[row][i] | where;
             }
         }
-        starts += SHOAL_TYPES;
-        counters += k->counter_bits;
+    }
+    for (uint32_t word = 0U; word < words; word++) {
+        const uint32_t kinds = k->starts[word];
+        counters[word] = chosen[0][kinds & 7U] | chosen[1][(kinds >> 3) & 7U] | chosen[2][kinds >> 6];
     }
 }
 

@@ -61,8 +61,10 @@ struct shoal_bit_convp {
     const uint16_t *weights; /* filters times channels, filled up to fours with zeros: bits 0..2
                                 the upper row from left to right, 3..5 the middle one, 6..8 the
                                 lower one; 1 = +1 */
-    const uint16_t *starts;  /* nine a filter: what the counter begins with so that its highest bit
-                                says the answer; rows first, middle, last times columns likewise */
+    const uint16_t *starts;  /* counter_bits a filter, of what the counter begins with so that its
+                                highest bit says the answer: a bit for each kind of pixel, bits
+                                0..2 the first row's first, middle, last column, 3..5 middle rows,
+                                6..8 the last row */
     uint16_t channels;
     uint16_t block;          /* channels at a time: a multiple of 4 */
     uint16_t counter_bits;   /* 6 .. 16 */
