@@ -148,8 +148,10 @@ static int32_t slow_output(const struct shoal_channel *c, int32_t sum, int32_t z
 
 #if defined(__GNUC__)
 #define SHOAL_BARRIER __asm__ volatile("" ::: "memory")
+#define SHOAL_APART __attribute__((noinline)) /* where registers are too few for what is around */
 #else
 #define SHOAL_BARRIER ((void)0)
+#define SHOAL_APART
 #endif
 
 struct output {
@@ -767,8 +769,8 @@ void shoal_conv(const struct shoal_conv *k, const int8_t *input, int8_t *output,
 
 /* One pixel times four channels: the first channel of a pair is the lower byte of a weight, what is
  * left of the whole the second. */
-__attribute__((noinline)) static void woven_dot(const int8_t *first, const int8_t *second,
-                                                const int16_t *x, uint32_t quads, int32_t *sums)
+SHOAL_APART static void woven_dot(const int8_t *first, const int8_t *second, const int16_t *x,
+                                  uint32_t quads, int32_t *sums)
 {
     int32_t all0 = 0;
     int32_t low0 = 0;
@@ -843,6 +845,9 @@ static void woven_pixel(const struct shoal_conv *k, const struct dots *d, const 
 }
 
 /* One row of one pair of output channels. outputs: 2, or 1 where the second is padding. */
+#if !defined(SHOAL_DSP)
+SHOAL_APART
+#endif
 static void conv_row(const struct shoal_conv *k, const struct dots *d, const struct output *o,
                      const int8_t *weights, const struct shoal_channel *c, uint32_t group_byte,
                      int16_t *slab, int8_t *to, uint32_t outputs)
