@@ -180,7 +180,7 @@ def test_rows_that_fill_bytes_and_words_exactly(kernels: Path, tmp_path: Path, w
     rng = np.random.default_rng(width)
     blocks = [
         block(rng, (height, width, channels), [(3, stride), (2, 1)], [], reads_bits=True)
-        for height, channels, stride in ((1, 3, 1), (2, 8, 2), (5, 17, 1))
+        for height, channels, stride in ((1, 3, 1), (2, 8, 2), (5, 17, 1), (3, 12, 1))
     ]
     check(kernels, tmp_path, blocks)
 

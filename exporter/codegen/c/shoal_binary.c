@@ -786,11 +786,48 @@ void shoal_bits_wide(const struct shoal_bit_map *k, const uint8_t *planes, int8_
     }
 }
 
+/* Bits 0, 4, 8 .. as bits 0, 1, 2 .. */
+static uint32_t fourth_bits(uint32_t x)
+{
+    x &= 0x11111111U;
+    x = (x | (x >> 3)) & 0x03030303U;
+    x = (x | (x >> 6)) & 0x000F000FU;
+    return (x | (x >> 12)) & 0xFFU;
+}
+
+/* Eight pixels of four channels at a time; rows are whole bytes. */
+static void four_channels_in(const struct shoal_bit_map *k, const uint8_t *input, uint8_t *planes)
+{
+    const uint32_t quads = k->channels / 4U;
+    const uint32_t plane = k->plane;
+    const uint32_t bytes = (uint32_t)k->height * k->row_bytes;
+    for (uint32_t byte = 0U; byte < bytes; byte++) {
+        for (uint32_t quad = 0U; quad < quads; quad++) {
+            uint32_t half = byte * 8U * quads + quad; /* of a byte, the higher one first */
+            uint32_t word = 0U;
+            for (uint32_t i = 0U; i < 32U; i += 4U) {
+                const uint32_t two = input[half / 2U];
+                word |= ((half % 2U) == 0U ? two >> 4 : two & 15U) << i;
+                half += quads;
+            }
+            uint8_t *const at = planes + k->first + byte + quad * 4U * plane;
+            at[0] = (uint8_t)fourth_bits(word >> 3);
+            at[plane] = (uint8_t)fourth_bits(word >> 2);
+            at[2U * plane] = (uint8_t)fourth_bits(word >> 1);
+            at[3U * plane] = (uint8_t)fourth_bits(word);
+        }
+    }
+}
+
 void shoal_bits_in(const struct shoal_bit_map *k, const uint8_t *input, uint8_t *planes)
 {
     uint32_t left = 0U; /* bits of the byte that were not taken yet */
     uint32_t bits = 0U;
     memset(planes, 0, k->bytes);
+    if ((k->channels % 4U == 0U) && (k->width % 8U == 0U)) {
+        four_channels_in(k, input, planes);
+        return;
+    }
     for (uint32_t y = 0U; y < k->height; y++) {
         uint8_t *const row = planes + k->first + y * k->row_bytes;
         for (uint32_t x = 0U; x < k->width; x++) {
