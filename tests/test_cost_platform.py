@@ -44,8 +44,20 @@ def constants(model: BaseModel) -> Iterator[Constant]:
 
 
 def test_the_platforms_of_the_papers_and_boards_are_there() -> None:
-    wanted = {"edgenai-1", "edgenai-2", "lcp-asic", "lcp-fpga", "pi-3", "pi-4", "pi-5", "stm32f405"}
-    assert wanted <= set(platform_names())
+    papers = {"edgenai-1", "edgenai-2", "lcp-asic", "lcp-fpga"}
+    boards = {"pi-3", "pi-4", "pi-5", "pi-zero-2"}
+    chips = {"esp32-c3", "nrf52840", "rp2040", "rp2350", "stm32f405", "stm32h743"}
+    assert papers | boards | chips <= set(platform_names())
+
+
+def test_microcontrollers_calculate_in_the_order_of_their_cores_and_clocks() -> None:
+    def macs_per_s(name: str) -> float:
+        compute = load_platform(name).compute
+        assert isinstance(compute, Processor)
+        return compute.macs.value
+
+    names = ["rp2040", "esp32-c3", "nrf52840", "rp2350", "stm32f405", "stm32h743", "pi-zero-2"]
+    assert sorted(names, key=macs_per_s) == names
 
 
 @pytest.mark.parametrize("name", platform_names())
