@@ -1,7 +1,7 @@
 /* Kernels of generated pieces. int8 activations, order row, column, channel; every result equals
  * TensorFlow Lite for Microcontrollers' byte for byte. No allocation, no recursion; the caller owns
- * all memory. The preprocessor chooses: __ARM_FEATURE_MVE (M55; convolutions and fully connected
- * layers), __ARM_FEATURE_DSP (M4, M7, M33, M55) or portable C. */
+ * all memory. The preprocessor chooses: __ARM_FEATURE_MVE (M55; convolutions, depthwise ones too,
+ * and fully connected layers), __ARM_FEATURE_DSP (M4, M7, M33, M55) or portable C. */
 #ifndef SHOAL_KERNELS_H
 #define SHOAL_KERNELS_H
 
