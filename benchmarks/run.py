@@ -89,7 +89,13 @@ GROUPS = {
         lcp.draw,
     ),
     "nonn": Group(
-        (("nonn", "published"), ("nonn", "filters"), ("nonn", "recipe", "digits")), nonn.draw
+        (
+            ("nonn", "published"),
+            ("nonn", "heads"),
+            ("nonn", "filters"),
+            ("nonn", "recipe", "digits"),
+        ),
+        nonn.draw,
     ),
     "edgent": Group(
         (("edgent", "--keep"), ("edgent_alexnet", "measure"), ("edgent_live", "--keep")),
