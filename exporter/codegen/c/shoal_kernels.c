@@ -126,18 +126,27 @@ static inline int32_t high_product_doubled(int32_t a, int32_t b)
     __asm__("smmulr %0, %1, %2" : "=r"(result) : "r"(a), "r"(b));
     return result;
 }
+
+#else
+
+/* As above. */
+static inline int32_t high_product_doubled(int32_t a, int32_t b)
+{
+    return (int32_t)(((int64_t)a * b + (1LL << 31)) >> 32);
+}
+
+static inline int32_t saturated8(int32_t value)
+{
+    return clamped(value, -128, 127);
+}
+
 #endif
 
 /* A sum as an output byte, before the clamp to low..high. */
 static inline int32_t fast_output(const struct shoal_channel *c, int32_t sum)
 {
-#if defined(SHOAL_DSP)
     const int32_t t = high_product_doubled(shift_left(sum, c->doubled), c->multiplier);
     return saturated8((less_if_negative(t) + c->rounding) >> c->right);
-#else
-    const int32_t t = high_product(shift_left(sum, c->left), c->multiplier);
-    return clamped((less_if_negative(t) + c->rounding) >> c->right, -128, 127);
-#endif
 }
 
 static int32_t slow_output(const struct shoal_channel *c, int32_t sum, int32_t zero)
@@ -1497,29 +1506,31 @@ static void vector_rows(const struct shoal_depthwise *k, const int16_t *const *r
 
 #endif
 
-/* Taps of a row of the kernel times two pixels; three at once, so that they stay in registers. */
-static inline void two_by_taps(const int16_t *x0, uint32_t step, const int8_t *w, uint32_t taps,
+/* Three taps beside each other of two pixels, `step` apart. Inline, so that what both pixels read is
+ * known to be the same. */
+static inline void two_by_three(const int16_t *x, uint32_t step, const int8_t *w, int32_t *sums)
+{
+    const int32_t first = w[0];
+    const int32_t second = w[1];
+    const int32_t third = w[2];
+    const int32_t shared = x[step];
+    sums[0] += first * x[0];
+    sums[0] += second * (step == 1U ? shared : x[1]);
+    sums[0] += third * (step == 2U ? shared : x[2]);
+    sums[1] += first * shared;
+    sums[1] += second * x[step + 1U];
+    sums[1] += third * x[step + 2U];
+}
+
+/* Taps of a row of any kernel, of two pixels. */
+static inline void two_by_taps(const int16_t *x, uint32_t step, const int8_t *w, uint32_t taps,
                                uint32_t dilation, int32_t *sums)
 {
-    const int16_t *x1 = x0 + step;
-    int32_t sum0 = sums[0];
-    int32_t sum1 = sums[1];
-    if ((taps == 3U) && (dilation == 1U)) {
-        const int32_t first = w[0];
-        const int32_t second = w[1];
-        const int32_t third = w[2];
-        sum0 += first * x0[0] + second * x0[1] + third * x0[2];
-        sum1 += first * x1[0] + second * x1[1] + third * x1[2];
-    } else {
-        for (uint32_t tap = 0U; tap < taps; tap++) {
-            sum0 += w[tap] * *x0;
-            sum1 += w[tap] * *x1;
-            x0 += dilation;
-            x1 += dilation;
-        }
+    for (uint32_t tap = 0U; tap < taps; tap++) {
+        sums[0] += w[tap] * x[0];
+        sums[1] += w[tap] * x[step];
+        x += dilation;
     }
-    sums[0] = sum0;
-    sums[1] = sum1;
 }
 
 /* A row of the output of one channel, whose pixels begin at `begin` of each row of the ring. */
@@ -1531,6 +1542,7 @@ static void depthwise_row(const struct shoal_depthwise *k, const int16_t *const 
     const struct output out = *o;
     const uint32_t pitch = k->channel_count;
     const uint32_t step = k->stride_x;
+    const uint32_t nine = k->nine;
     const uint32_t dilation = k->dilation_x;
     const uint32_t height = k->kernel_height;
     const uint32_t taps = k->kernel_width;
@@ -1539,7 +1551,14 @@ static void depthwise_row(const struct shoal_depthwise *k, const int16_t *const 
         const int8_t *w = weights;
         int32_t sums[2] = {c.bias, c.bias};
         for (uint32_t row = 0U; row < height; row++) {
-            two_by_taps(rows[row] + begin + x * step, step, w, taps, dilation, sums);
+            const int16_t *const values = rows[row] + begin + x * step;
+            if (nine == 0U) {
+                two_by_taps(values, step, w, taps, dilation, sums);
+            } else if (step == 1U) {
+                two_by_three(values, 1U, w, sums);
+            } else {
+                two_by_three(values, 2U, w, sums);
+            }
             w += taps;
         }
         *to = output_byte(&out, &c, sums[0]);
@@ -1625,18 +1644,10 @@ static inline int8_t add_one(const struct shoal_add *k, int32_t first, int32_t s
 static inline int8_t add_fast(const struct shoal_add *k, int32_t first, int32_t second)
 {
     const int32_t a = shift_left(first - k->first_zero, 19U);
-#if defined(SHOAL_DSP)
     const int32_t b = high_product_doubled(shift_left(second - k->second_zero, 21U),
                                            k->second_multiplier);
-#else
-    const int32_t b = high_product(shift_left(second - k->second_zero, 20U), k->second_multiplier);
-#endif
     const int32_t sum = a + ((less_if_negative(b) + k->second_half) >> k->second_right);
-#if defined(SHOAL_DSP)
     const int32_t t = high_product_doubled(shift_left(sum, 1U), k->out_multiplier);
-#else
-    const int32_t t = high_product(sum, k->out_multiplier);
-#endif
     const int32_t value = (less_if_negative(t) + k->out_rounding) >> k->out_right;
     return (int8_t)clamped(value, k->low, k->high);
 }
