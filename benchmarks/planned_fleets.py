@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import numpy as np
 
 from agent.up import FleetProcesses
 from benchmarks.record import BRIEF, HEADER, ROOT, Row, circumstances, load, machine_line, report
+from exporter.planner.saved import latest
 
 NAME = "planned_fleets"
 REQUESTS = 300
@@ -60,14 +60,14 @@ class Case:
 
 CASES = {
     "digits": Case(
-        "digits on the README's fleet",
+        "digits",
         ("--digits",),
         "digits.keras",
         "digits.npz",
         "snn --quick on pi-door pi-window pi-shelf mcu-east mcu-west mcu-small",
     ),
     "resnet8": Case(
-        "ResNet-8 on CIFAR-10, the README's fleet",
+        "ResNet-8 on CIFAR-10",
         (),
         "resnet8.keras",
         "cifar10.npz",
@@ -86,9 +86,8 @@ def measure_case(case: Case, work: Path) -> dict[str, Any]:
             _fewer(work / case.data)
     inputs = (case.model, "--data", case.data, "--fleet", "fleet.yaml")
     search = ("--workers", "1", "--cache", "cache", "--minutes", str(case.minutes))
-    started = time.monotonic()
-    first = json.loads(_shoal(work, "plan", *inputs, *search, "--json"))
-    seconds = time.monotonic() - started
+    _shoal(work, "plan", *inputs, *search, "--json")
+    tried = latest(work / "cache").outcomes
     bundles = {"taken": (), "split": ("--take", case.split)}
     for name, which in bundles.items():
         options = ("--method", "auto", *which, "--workers", "1", "--cache", "cache")
@@ -105,13 +104,12 @@ def measure_case(case: Case, work: Path) -> dict[str, Any]:
     shown = _shoal(work, "plan", *inputs, *search, *beside)
     page = (work / "report.html").read_text(encoding="utf-8")
     return {
-        "about": case.about,
         "sentence": told["sentence"],
         "settled": told["settled"],
         "plans": len(told["plans"]),
         "refused": len(told["refused"]),
-        "trained": first["trained"],
-        "seconds": seconds,
+        "trained": sum(outcome.manifest is not None for outcome in tried),
+        "seconds": sum(outcome.seconds for outcome in tried),
         "model_accuracy": told["model_accuracy"],
         "test_accuracy": told["chosen"]["test_accuracy"],
         "measured": [
@@ -121,6 +119,7 @@ def measure_case(case: Case, work: Path) -> dict[str, Any]:
         "sentence_in_report": told["sentence"] in page,
         "points_in_report": page.count('class="live"'),
         "shown": _nameless(shown),
+        "circumstances": circumstances("ai-edge-litert", "paho-mqtt", "tensorflow-cpu"),
     }
 
 
@@ -167,13 +166,14 @@ def _figures(run: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 def rows(result: dict[str, Any]) -> list[Row]:
     """The table."""
     found = []
-    for case in result["cases"].values():
-        about = case["about"]
+    for key, case in result["cases"].items():
+        about = CASES[key].about
         found.append(
             Row(
-                f"{about}: `shoal plan` compares, trains, takes",
+                f"{about}: `shoal plan` on the README's fleet",
                 "table, sentence, report",
-                f"{case['plans']} plans, {case['trained']} trained, {case['seconds']:.0f} s",
+                f"{case['plans']} plans, {case['trained']} trained in "
+                f"{case['seconds']:.0f} s of a processor",
                 case["settled"] and case["sentence_in_report"],
             )
         )
@@ -183,10 +183,10 @@ def rows(result: dict[str, Any]) -> list[Row]:
             memory = _figures(run, "memory")
             equal = sum(x["estimated"] == x["measured"] for x in sent)
             worst = max(abs(x["difference"]) for x in memory)
-            name = f"{about}, `{run['plan']}`"
+            name = f"{about}: `{run['plan']}`"
             found += [
                 Row(
-                    f"{name}: latency, estimated for its devices / measured on this machine",
+                    f"{name}: latency, estimated for these devices / measured on this machine",
                     "-",
                     f"{latency['estimated']:.3g} ms / {latency['measured']:.3g} ms",
                     None,
@@ -220,14 +220,19 @@ def draw() -> str:
     lines += [
         f"Each plan was asked {REQUESTS} times by `shoal measure`. Estimates are for the devices "
         "of the fleet file, measurements of this machine, whose processes and QEMU stood in for "
-        "them: their latencies are not each other's, bytes and memory are. The sentences:",
+        "them: their latencies are not each other's, bytes and memory are.",
+        "",
+        BRIEF,
+        "",
+        "The sentences:",
         "",
     ]
-    lines += [f"- {case['about']}: {case['sentence']}" for case in result["cases"].values()]
-    lines += ["", BRIEF, ""]
-    for case in result["cases"].values():
-        lines += [f"## {case['about']}", "", "```text", case["shown"].rstrip(), "```", ""]
-    return "\n".join([*lines, f"Measured at: {machine_line(result)}", ""])
+    lines += [f"- {CASES[key].about}: {x['sentence']}" for key, x in result["cases"].items()]
+    lines.append("")
+    for key, case in result["cases"].items():
+        lines += [f"## {CASES[key].about}", "", "```text", case["shown"].rstrip(), "```", ""]
+        lines += [f"Measured at: {machine_line(case)}", ""]
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -242,10 +247,7 @@ def main() -> int:
         work = (chosen.work or Path(home)).resolve()
         found = {name: measure_case(CASES[name], work / name) for name in chosen.cases or CASES}
     kept = load(NAME)["cases"] if chosen.keep and chosen.cases and _known() else {}
-    result = {
-        "cases": {name: (kept | found)[name] for name in CASES if name in kept | found},
-        "circumstances": circumstances("ai-edge-litert", "paho-mqtt", "tensorflow-cpu"),
-    }
+    result = {"cases": {name: (kept | found)[name] for name in CASES if name in kept | found}}
     return report(NAME, result, rows(result), as_json=chosen.json, keep=chosen.keep)
 
 

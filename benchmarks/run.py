@@ -30,6 +30,7 @@ from benchmarks import (
     lcp,
     measured_speedups,
     nonn,
+    planned_fleets,
     planner,
     snn,
     speedups,
@@ -114,6 +115,7 @@ GROUPS = {
     ),
     "speedups": Group((("speedups", "--keep"),), speedups.draw),
     "planner": Group((("planner", "--keep"),), planner.draw),
+    "planned_fleets": Group((("planned_fleets", "--keep"),), planned_fleets.draw),
     "latency": Group((("latency", "--keep"),), latency.draw),
     "measured_speedups": Group((("measured_speedups", "--keep"),), measured_speedups.draw),
 }
@@ -132,7 +134,8 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 def with_results(readme: str) -> str:
     """The README with all at a glance and the tables of results/*.md, shortened and folded."""
     names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen", "firmware")
-    names += ("codegen_binary", "latency", "measured_speedups", "planner", "runtime")
+    names += ("codegen_binary", "latency", "measured_speedups", "planner")
+    names += ("planned_fleets", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
     body = "\n\n".join([glance(), *map(folded, tables)])
     before, _, rest = readme.partition(BEGIN)
