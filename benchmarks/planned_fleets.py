@@ -220,7 +220,8 @@ def draw() -> str:
     lines += [
         f"Each plan was asked {REQUESTS} times by `shoal measure`. Estimates are for the devices "
         "of the fleet file, measurements of this machine, whose processes and QEMU stood in for "
-        "them: their latencies are not each other's, bytes and memory are.",
+        "them: bytes are each other's, latencies are not; memory is that of agents on such a "
+        "machine.",
         "",
         BRIEF,
         "",
