@@ -24,6 +24,7 @@ from exporter.planner.page import drawn
 from exporter.planner.saved import known, latest
 
 BUDGET = ("--workers", "1")
+TRAINED = "edgent --epochs 1 on pi-door"
 
 
 def plan(*more: str | Path) -> Result:
@@ -169,6 +170,16 @@ def test_any_plan_of_the_table_can_be_exported_to_be_measured(tmp_path):
     assert [node.device for node in way.nodes] == ["pi-door"]
     assert told["trained"] == 0
     assert ["pi-door"] in [row["devices"] for row in told["plans"] if row["trained"]]
+
+
+def test_residual_network_is_planned_by_edgent_too(tmp_path):
+    said = shoal(
+        *("export", *inputs("residual")[:5], "--method", "auto", "--take", TRAINED),
+        *("--epochs", "1", *BUDGET, "--cache", tmp_path, "-o", tmp_path / "taken"),
+    )
+
+    assert said.exit_code == 0, said.output
+    assert read_manifest(tmp_path / "taken").plan.method == "edgent"
 
 
 @pytest.mark.parametrize(
