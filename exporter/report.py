@@ -54,7 +54,9 @@ th, td { text-align: left; vertical-align: top; padding: .35rem 1.4rem .35rem 0;
   border-bottom: 1px solid var(--line); overflow-wrap: normal; }
 th { font-weight: 600; font-size: .85rem; color: var(--quiet); vertical-align: bottom; }
 th:last-child, td:last-child { padding-right: 0; }
-td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n { white-space: nowrap; }
+td:first-child { min-width: 8rem; }
 .budget { display: flex; align-items: center; gap: .5rem; white-space: nowrap; }
 .budget small:first-child { width: 4.6em; }
 .devices td:nth-child(-n+2) { white-space: nowrap; }
@@ -67,7 +69,9 @@ text { fill: var(--quiet); font-size: 10px; }
 @media (max-width: 40rem) { th, td { padding-right: .9rem; } .key b { font-size: 1.25rem; } }
 """
 _COLOURS = ("var(--own)", "var(--foreign)")
-_NUMBER = re.compile(r"[\d,]+(\.\d+)?( ?(%|steps|[kM]?B))|[\d,]+\.\d+")
+_NUMBER = re.compile(r"[+-]?[\d,]+(\.\d+)?( ?(%|steps|points|ms|mJ|[kM]?B))|[\d,]+\.\d+")
+_NO_NUMBER = {"-", "equal", "no decision"}
+"""What stands in a column of numbers where there is none."""
 
 
 def write_report(
@@ -99,13 +103,13 @@ def write_report(
                 for name, x in sizes.items()
             ],
         ),
+        *_measured(measured_beside(folder, manifest, fleet, platforms)),
         "<h2>Devices and budgets</h2>",
         _device_table(fleet, manifest),
         '<p class="quiet">Flash holds the model file and code (pale, estimated at '
         f"{format_bytes(INTERPRETER_CODE_BYTES)}), RAM the measured arena and a stack of "
         f"{format_bytes(STACK_BYTES)}; memory of Linux devices holds weights and live tensors, "
         "both estimated.</p>",
-        *_measured(measured_beside(folder, manifest, fleet, platforms)),
         *(_section(section) for section in report.get("sections", ())),
         "<h2>Verification</h2>",
         "<p>Each piece on its device's runtime against LiteRT's reference kernels, in steps of "
@@ -354,8 +358,11 @@ def _section(section: Mapping[str, Any]) -> str:
 def html_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table; columns of numbers with units are set to the right."""
     texts = [[str(cell) for cell in row] for row in rows]
+    columns = [[row[i] for row in texts] for i in range(len(head))]
     numeric = [
-        bool(texts) and all(_NUMBER.match(row[i]) for row in texts) for i in range(len(head))
+        any(map(_NUMBER.match, cells))
+        and all(_NUMBER.match(cell) or cell in _NO_NUMBER for cell in cells)
+        for cells in columns
     ]
     kinds = [' class="n"' if number else "" for number in numeric]
     top = "".join(f"<th{k}>{escape(x)}</th>" for k, x in zip(kinds, head, strict=True))
