@@ -19,9 +19,11 @@ from agent.link import BrokerAddress
 from agent.protocol.manifest import read_manifest
 from agent.protocol.measured import FILE_NAME, Run, keep_run
 from exporter.planner.choice import choose
+from exporter.planner.command import print_found
 from exporter.planner.measured import Beside, Live, beside, live_of, read_kept
 from exporter.planner.page import drawn
 from exporter.planner.saved import known, latest
+from exporter.planner.search import Found
 
 BUDGET = ("--workers", "1")
 TRAINED = "edgent --epochs 1 on pi-door"
@@ -127,6 +129,26 @@ def test_page_draws_the_measured_point_beside_the_estimated_one():
     assert "latency (measured)" in page and "latency (measured)" not in plain
     assert "<td" in page and "10 ms" in page and "90.00 %" in page
     assert "hollow dot" in page and "hollow dot" not in plain
+
+
+def test_plans_that_were_given_up_are_counted_with_the_reason(capsys):
+    measured()
+    plan("--report", home() / "live.html")
+    state = latest(home() / "live")
+    now = known(state, state.fleet)
+    why = "ddnn had 53.8 % after a short training"
+    points = tuple(
+        replace(x, hopeless=why) if x.candidate.method == "ddnn" else x for x in now.points
+    )
+    now = replace(now, points=points)
+
+    print_found(Found(state, now, choose(points, state.wish), 0), ())
+
+    said = capsys.readouterr().out
+    count = sum(x.candidate.method == "ddnn" for x in points)
+    assert f"Given up, {count} plans: {why}." in said
+    (line,) = [line for line in said.splitlines() if line.startswith("Not trained")]
+    assert "ddnn" not in line
 
 
 def test_bundle_of_no_candidate_is_said_to_be_none(tmp_path):

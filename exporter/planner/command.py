@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -82,7 +83,7 @@ def plan_all(
         told |= {"report": str(page), "seconds": found.state.seconds, "trained": found.fresh}
         click.echo(json.dumps(told))
         return
-    _print(found, lived)
+    print_found(found, lived)
     click.echo(f"report: {page}")
 
 
@@ -270,7 +271,8 @@ def _reasons(known: Known) -> list[str]:
     return [f"{candidate.name}: {reason}" for candidate, reason in known.refused.items()]
 
 
-def _print(found: Found, lived: Sequence[Beside]) -> None:
+def print_found(found: Found, lived: Sequence[Beside]) -> None:
+    """Print the table, what was measured of plans, and the sentence."""
     state, known, choice = found.state, found.known, found.choice
     best = pareto(known.points)
     trained = [point for point in known.points if point.trained]
@@ -301,15 +303,15 @@ def _print(found: Found, lived: Sequence[Beside]) -> None:
             [row.row() for row in each.rows],
             f"Predicted and measured, {each.title}. {each.about}",
         )
-    left = sorted(
-        (point for point in known.points if not point.trained),
-        key=lambda x: (state.wish.cost(x), x.name),
-    )
-    if left:
+    untrained = [point for point in known.points if not point.trained]
+    untrained.sort(key=lambda x: (state.wish.cost(x), x.name))
+    if left := [point for point in untrained if not point.hopeless]:
         shown = left[:SHOWN_UNTRAINED]
         more = f", {len(left) - len(shown)} more" if len(left) > len(shown) else ""
         named = "; ".join(f"{x.name} {state.wish.text(x)}" for x in shown)
         click.echo(f"Not trained, at the least (estimated): {named}{more}.")
+    for why, count in Counter(point.hopeless for point in untrained if point.hopeless).items():
+        click.echo(f"Given up, {count} plan{'s' * (count > 1)}: {why}.")
     if known.refused:
         click.echo(f"Cannot be made: {len(known.refused)} (--json says why).")
     click.echo(choice.sentence)
