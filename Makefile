@@ -12,9 +12,12 @@ demo: $(READY)
 FIRMWARE_PACKAGES := gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm \
 	gcc-riscv64-unknown-elf picolibc-riscv64-unknown-elf qemu-system-misc cppcheck gcc libc6-dev
 
+# A browser, C++ for sample sketches, libFuzzer.
+CI_PACKAGES := chromium g++ openssl clang libclang-rt-dev
+
 # What this machine lacks is skipped; with CI=true it fails, and the emulated userlands run too.
 test: $(READY) lint
-	@sh .ci/system-packages mosquitto $(FIRMWARE_PACKAGES) $(if $(filter true,$(CI)),chromium g++ openssl)
+	@sh .ci/system-packages mosquitto $(FIRMWARE_PACKAGES) $(if $(filter true,$(CI)),$(CI_PACKAGES))
 	$(BIN)/python -m pytest -m "not pi" -n 2 --dist loadfile $(ARGS)
 ifeq ($(CI),true)
 	$(MAKE) test-pi

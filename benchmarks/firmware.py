@@ -247,7 +247,7 @@ def _every_write(folder: Path, board: Board) -> dict[str, Any]:
 
 
 def fuzz(seconds: float) -> dict[str, Any]:
-    """Parser and loop for so many seconds of processor time, from nothing, in one process."""
+    """Parser and loop for so many seconds (our driver: of processor time), from nothing."""
     with tempfile.TemporaryDirectory() as name:
         program, which = build_fuzzer(sources(), Path(name))
         command = fuzz_command(program, which, seconds)
@@ -410,8 +410,8 @@ def _fuzz_rows(result: dict[str, Any] | None) -> Iterator[Row]:
     if result is None:
         return
     yield Row(
-        f"fuzzing of parser and command loop, {result['seconds'] / 60:g} minutes of processor "
-        f"time, ASan and UBSan ({result['fuzzer']})",
+        f"fuzzing of parser and command loop, {result['seconds'] / 60:g} minutes, ASan and UBSan "
+        f"({result['fuzzer']})",
         "no finding",
         f"{result['findings']} findings ({result['said']})",
         result["findings"] == 0,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from agent.protocol.errors import PlanDoesNotFit, ShoalError
@@ -230,6 +232,17 @@ def build_boot_host(board: Board, out: Path) -> Path:
     return program
 
 
+@cache
+def has_libfuzzer() -> bool:
+    """Whether clang is here, and the runtime library that Debian packs apart from it."""
+    if shutil.which("clang") is None:
+        return False
+    empty = "#include <stdint.h>\n#include <stddef.h>\n"
+    empty += "int LLVMFuzzerTestOneInput(const uint8_t *d, size_t n) { return d && n ? 0 : 0; }\n"
+    command = ["clang", "-fsanitize=fuzzer,address", "-x", "c", "-", "-o", os.devnull]
+    return subprocess.run(command, input=empty.encode(), capture_output=True).returncode == 0
+
+
 def build_fuzzer(sources: Sources, out: Path) -> tuple[Path, str]:
     """Build the frame parser and the command loop as a fuzzing target: harness/fuzz_loop.c.
 
@@ -238,7 +251,7 @@ def build_fuzzer(sources: Sources, out: Path) -> tuple[Path, str]:
         out: Folder to write to; created.
 
     Returns:
-        The program, and which fuzzer it is: libFuzzer where clang is installed, else
+        The program, and which fuzzer it is: libFuzzer where `has_libfuzzer`, else
         harness/fuzz_driver.c.
 
     Raises:
@@ -253,7 +266,7 @@ def build_fuzzer(sources: Sources, out: Path) -> tuple[Path, str]:
     plain = [FIRMWARE / "shoal_crc.c", FIRMWARE / "shoal_slot_none.c", out / "shoal_image.c"]
     plain += sorted(sources.folder.glob("*.c"))
     program = out / "fuzz_loop"
-    if shutil.which("clang") is not None:
+    if has_libfuzzer():
         files = map(str, [*target, *plain])
         command = ["clang", *flags, "-fsanitize=fuzzer", *files, "-o", str(program), "-lm"]
         _compile(command, 0, 0)

@@ -91,11 +91,22 @@ def fuzzed(folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.fixture(params=["libFuzzer", "our own driver"])
+def fuzzer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either fuzzer in turn."""
+    if request.param != "libFuzzer":
+        monkeypatch.setattr(firmware_build, "has_libfuzzer", lambda: False)
+    elif not firmware_build.has_libfuzzer():
+        missing("clang with libFuzzer")
+
+
+@pytest.mark.usefixtures("fuzzer")
 def test_fuzzing_by_coverage_finds_nothing(tmp_path: Path) -> None:
     ran = fuzzed(tmp_path, SECONDS)
     assert ran.returncode == 0, ran.stderr[-4000:]
 
 
+@pytest.mark.usefixtures("fuzzer")
 def test_fuzzing_finds_a_bound_that_is_not_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
