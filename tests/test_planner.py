@@ -446,3 +446,27 @@ def test_slower_link_makes_sketches_slower_and_new_devices_bring_new_plans():
     assert all(after[candidate] > latency for candidate, latency in before.items())
     teams = {x.candidate.devices for x in more.known.points}
     assert ("pi-a", "new-pi-4-1", "new-pi-4-2") in teams
+
+
+def test_quicker_splits_that_are_given_up_are_said_to_be_inaccurate_and_no_bound():
+    poor = replace(point("ddnn", 1.0), hopeless="ddnn had 53.8 % after a short training")
+    points = [point("single", 4.0, 0.98), poor, point("lcp", 5.0)]
+
+    told = choose(points, WISH).sentence
+
+    assert "no split can take less than 5 ms" in told
+    assert "those that do are not accurate enough: ddnn had 53.8 %" in told
+
+
+def test_split_that_may_yet_be_quicker_is_no_reason_against_splitting():
+    told = choose([point("single", 4.0, 0.98), point("lcp", 2.0)], WISH).sentence
+
+    assert "a split may yet take as little as 2 ms" in told
+    assert "does not pay" not in told
+    assert "Not settled: 1 plan not trained yet may be better" in told
+
+
+def test_split_within_what_counts_as_equal_is_said_to_be_so():
+    told = choose([point("single", 4.0, 0.98), point("lcp", 3.9)], WISH).sentence
+
+    assert "no split can take less than 3.9 ms" in told and "which counts as equal" in told

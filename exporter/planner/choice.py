@@ -112,10 +112,15 @@ def best(points: Sequence[Point], wish: Wish) -> tuple[Point | None, bool]:
     return (order[0] if order else None), False
 
 
+def _worth(taken: Point, wish: Wish) -> float:
+    """What a plan must cost less than to be worth training beside one that is accurate enough."""
+    return wish.cost(taken) / (1 + EQUAL)
+
+
 def still_open(points: Sequence[Point], wish: Wish) -> tuple[Point, ...]:
     """Sketches that may yet be chosen, the most promising first."""
     taken, meets = best(points, wish)
-    limit = wish.cost(taken) / (1 + EQUAL) if taken is not None and meets else inf
+    limit = _worth(taken, wish) if taken is not None and meets else inf
     # Where losses are counted from the best plan, any plan may change who is accurate enough.
     limit = inf if wish.reference is None else limit
     found = [x for x in points if not x.trained and not x.hopeless and wish.cost(x) < limit]
@@ -245,14 +250,22 @@ def _against_single(taken: Point, points: Sequence[Point], wish: Wish, reference
     alone = [x for x in points if x.candidate.method == "single"]
     splits = [x for x in points if x.candidate.method != "single"]
     if taken.candidate.method == "single":
-        able = [x for x in splits if not x.trained or wish.allows(x, reference)]
+        able = [x for x in splits if (wish.allows(x, reference) if x.trained else not x.hopeless)]
         if not able:
             return "; splitting does not pay here: no split is accurate enough"
         rival = min(able, key=wish.cost)
         if rival.trained:
             told = f"the best split, {_called(rival)}, takes {wish.text(rival)} (estimated)"
         else:
-            told = f"no split can take less than {wish.text(rival)} (estimated, {_called(rival)})"
+            least = f"{wish.text(rival)} (estimated, {_called(rival)})"
+            if wish.cost(rival) < _worth(taken, wish):
+                return f"; a split may yet take as little as {least}"
+            told = f"no split can take less than {least}"
+            if wish.cost(rival) < wish.cost(taken):
+                told += ", which counts as equal"
+        poor = [x for x in splits if x.hopeless and wish.cost(x) < wish.cost(rival)]
+        if poor:
+            told += f"; those that do are not accurate enough: {min(poor, key=wish.cost).hopeless}"
         return f"; splitting does not pay here: {told}"
     if not alone:
         return "; no single device holds the whole network"

@@ -157,7 +157,8 @@ def search(
         new = [step.candidate for step in steps if step.shortly]
         if new:
             for candidate in new:
-                progress(f"glance at {candidate.name}", 0, 1)
+                if cache.read(glance_key(candidate)) is None:
+                    progress(f"glance at {candidate.name}", 0, 1)
             glances += map(glance_of, reckoned(glance, new, glance_key))
             continue
         wave = [step.candidate for step in steps]
