@@ -18,7 +18,7 @@ CI_PACKAGES := chromium g++ openssl clang libclang-rt-dev
 # What this machine lacks is skipped; with CI=true it fails, and the emulated userlands run too.
 test: $(READY) lint
 	@sh .ci/system-packages mosquitto $(FIRMWARE_PACKAGES) $(if $(filter true,$(CI)),$(CI_PACKAGES))
-	$(BIN)/python -m pytest -m "not pi" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not pi" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 ifeq ($(CI),true)
 	$(MAKE) test-pi
 endif

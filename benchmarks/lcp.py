@@ -150,7 +150,7 @@ CASES = {
     "cifarnet/8-f40-tolerant": Case(CIFARNET, "cifar10", 8, 40, dropout=0.3),
 }
 RECIPES = {
-    "mnist": TrainOptions(epochs=6, rate=4e-3, warm_up=0.15, decay=1e-5, crop_pixels=1),
+    "mnist": TrainOptions(epochs=30, rate=4e-3, warm_up=0.1, decay=1e-5, crop_pixels=1),
     "cifar10": TrainOptions(
         epochs=12, rate=2e-3, warm_up=0.1, decay=1e-4, crop_pixels=3, flip=True
     ),
@@ -716,8 +716,9 @@ def main() -> None:
         return
     for seed in range(chosen.seeds):
         for name in chosen.cases:
-            told = result()
-            if str(seed) in told["runs"].get(name, {}):
+            kept = result()["runs"].get(name, {}).get(str(seed))
+            if kept and kept["epochs"] == RECIPES[CASES[name].data].epochs:
+                print(f"{name} seed {seed}: kept", flush=True)
                 continue
             run = trained(name, seed)
             told = result()
