@@ -62,6 +62,13 @@ broker_option = click.option(
     callback=read_address,
     help="MQTT broker instead of the fleet file's.",
 )
+deadline_option = click.option(
+    "--deadline",
+    "deadline_ms",
+    type=click.IntRange(min=1),
+    metavar="MS",
+    help="Milliseconds that the fleet has; by default the fleet file's deadline.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -325,13 +332,7 @@ def read_trigger(ctx: click.Context, param: click.Parameter, value: str | None) 
     callback=read_trigger,
     help="Send no frame: every device reads its own sensor; SAMPLE says what of a recording.",
 )
-@click.option(
-    "--deadline",
-    "deadline_ms",
-    type=click.IntRange(min=1),
-    metavar="MS",
-    help="Milliseconds that the fleet has; by default the fleet file's deadline.",
-)
+@deadline_option
 @json_option
 def infer(
     frame: Path | None,
@@ -410,13 +411,7 @@ def infer(
     help="How many, one after the other, evenly over the samples.",
 )
 @click.option("--trigger", is_flag=True, help="Send no frames: every device reads its own sensor.")
-@click.option(
-    "--deadline",
-    "deadline_ms",
-    type=click.IntRange(min=1),
-    metavar="MS",
-    help="Milliseconds that the fleet has; by default the fleet file's deadline.",
-)
+@deadline_option
 @json_option
 def measure(
     data: str | None,

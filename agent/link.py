@@ -747,7 +747,8 @@ def _connect_failure(address: BrokerAddress, error: OSError | UnicodeError) -> _
     if isinstance(error, ConnectionRefusedError):
         return _End(
             "connection refused, nothing listens there",
-            hint="start a broker (systemctl start mosquitto), or mend host and port",
+            hint="start the fleet (shoal up) or a broker (systemctl start mosquitto), or mend "
+            "host and port",
         )
     if isinstance(error, ssl.SSLError) or (
         address.ca_file is not None and isinstance(error, ConnectionError)

@@ -241,6 +241,7 @@ def draw() -> str:
 
 
 def main() -> int:
+    """Measure, print, and perhaps keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help=f"write results/{NAME}.json")

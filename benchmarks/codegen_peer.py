@@ -208,6 +208,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
 
 
 def main() -> int:
+    """Measure, print, and perhaps keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cmsis-nn", type=Path, required=True, help="a checkout of CMSIS-NN")
     parser.add_argument("--revision", help="what it is, where it is no checkout of git")

@@ -126,7 +126,9 @@ def _line(decision: Decision, truth: str) -> str:
         f"{node} {entropy:.3f}"
         for node, entropy in sorted(decision.entropies.items(), key=lambda x: x[1])[:2]
     )
-    mark = "right" if decision.best_guess == truth else f"wrong, it is {truth}"
+    mark = "right" if decision.label else "guessed right"
+    if decision.best_guess != truth:
+        mark = f"wrong, it is {truth}"
     return f"{said:<24} {mark:<16} lowest entropies: {sure}"
 
 

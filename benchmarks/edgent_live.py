@@ -33,6 +33,7 @@ from agent.broker import start_broker
 from agent.device import RunningDevice, load_pieces
 from agent.link import BrokerAddress
 from agent.netem import Conditions, EmulatedLink, Schedule
+from agent.protocol.errors import DeviceUnreachable
 from agent.protocol.fleet import Device, load_fleet
 from agent.protocol.manifest import Manifest, read_manifest
 from agent.protocol.messages import Status
@@ -273,7 +274,7 @@ def asking(
             try:
                 asker.start()
                 break
-            except Exception:
+            except DeviceUnreachable:
                 asker.stop()
                 if time.monotonic() > until_s:
                     raise

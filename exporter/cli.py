@@ -19,9 +19,10 @@ from exporter.method_options import (
     method_inputs,
     method_options,
 )
-from exporter.terminal import print_table
+from exporter.terminal import named_platforms, print_table
 
 if TYPE_CHECKING:
+    from agent.protocol.manifest import Manifest
     from exporter.methods.face import Progress
 
 TARGET_NAMES = ("tflm", "c", "arduino", "esp-idf", "zephyr")
@@ -83,7 +84,7 @@ def plan(
 
     Nothing is written but the page and the cache; `shoal export --method auto` writes the bundle.
     """
-    from exporter.planner.command import answer_what_if, plan_all, replan_bundle
+    from exporter.planner.command import Asked, answer_what_if, plan_all, replan_bundle
 
     if (edits or bundle is not None) and (model is not None or data is not None):
         raise click.UsageError(
@@ -104,17 +105,8 @@ def plan(
         raise click.UsageError("Missing option '--data'.")
     if method == AUTO:
         with _progress() as progress:
-            plan_all(
-                model,
-                data,
-                fleet,
-                chosen,
-                fixed_settings(),
-                page,
-                progress,
-                measured=measured,
-                as_json=as_json,
-            )
+            asked = Asked(model, data, fleet, chosen, fixed_settings())
+            plan_all(asked, page, progress, measured=measured, as_json=as_json)
         return
     _plan_one(model, data, fleet, method, chosen, as_json=as_json)
 
@@ -238,10 +230,7 @@ def export(
 
     MODEL.keras is the trained network; --method ddnn trains its own and takes none.
     """
-    from agent.protocol.fleet import load_fleet
-    from agent.protocol.units import format_bytes
     from exporter import pipeline
-    from exporter.report import budget_uses, percent_of_budget
 
     if data is None:
         raise click.UsageError("Missing option '--data'.")
@@ -250,20 +239,11 @@ def export(
     dtype: Literal["int8", "float32"] = "float32" if as_float else "int8"
     with _progress() as progress:
         if method == AUTO:
-            from exporter.planner.command import export_best, export_named
+            from exporter.planner.command import Asked, export_best, export_named
 
             write = export_best if take is None else partial(export_named, take)
-            manifest, sentence = write(
-                model,
-                data,
-                fleet,
-                out,
-                chosen,
-                fixed_settings(),
-                progress,
-                dtype=dtype,
-                targets=targets,
-            )
+            asked = Asked(model, data, fleet, chosen, fixed_settings())
+            manifest, sentence = write(asked, out, progress, dtype=dtype, targets=targets)
             print(sentence, file=sys.stderr)
         else:
             manifest = pipeline.export(
@@ -280,7 +260,16 @@ def export(
             )
     if as_json:
         click.echo(json.dumps(manifest.model_dump(mode="json")))
-        return
+    else:
+        _print_bundle(manifest, out)
+
+
+def _print_bundle(manifest: Manifest, out: Path) -> None:
+    """What each device runs, what that takes of its budget, and the accuracies."""
+    from agent.protocol.fleet import load_fleet
+    from agent.protocol.units import format_bytes
+    from exporter.report import budget_uses, percent_of_budget
+
     devices = load_fleet(out / manifest.fleet.path)
     rows, uses = [], []
     for node in manifest.plan.strategies[0].nodes:
@@ -342,7 +331,7 @@ def report(bundle: Path, named: tuple[str, ...], as_json: bool) -> None:
     from exporter.report import measured_beside, rewrite_report
     from exporter.report_measured import HEAD
 
-    platforms = _platforms(named)
+    platforms = named_platforms(named)
     page = rewrite_report(bundle, platforms)
     manifest = read_manifest(bundle)
     beside = measured_beside(bundle, manifest, load_fleet(bundle / manifest.fleet.path), platforms)
@@ -369,13 +358,6 @@ def report(bundle: Path, named: tuple[str, ...], as_json: bool) -> None:
         print_table(HEAD, [row.row() for row in rows], f"Predicted and measured: {text}")
     if beside.note:
         click.echo(beside.note)
-
-
-def _platforms(named: tuple[str, ...]) -> dict[str, str]:
-    """DEVICE=PLATFORM options by device."""
-    if wrong := [item for item in named if "=" not in item]:
-        raise click.UsageError(f"{wrong[0]!r} is not DEVICE=PLATFORM, for example eye-0=pi-4")
-    return dict(item.split("=", 1) for item in named)
 
 
 @click.group()
@@ -471,7 +453,7 @@ def cost_bundle(bundle: Path, named: tuple[str, ...], trigger: bool, as_json: bo
     from agent.protocol.units import format_bytes
     from exporter.cost.bundle import bundle_cost, works_of_files
 
-    platforms = _platforms(named)
+    platforms = named_platforms(named)
     manifest = read_manifest(bundle)
     fleet = load_fleet(bundle / manifest.fleet.path)
     works = works_of_files(bundle, manifest)

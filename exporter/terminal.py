@@ -1,4 +1,4 @@
-"""Tables on the terminal, as every command of the exporter prints them."""
+"""What the exporter's commands share: tables on the terminal, and DEVICE=PLATFORM options."""
 
 from __future__ import annotations
 
@@ -45,3 +45,16 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], title: s
     console = Console(width=terminal.width if terminal.is_terminal else 160)
     console.print(title, style="italic", highlight=False, markup=False)
     console.print(table)
+
+
+def named_platforms(named: Sequence[str]) -> dict[str, str]:
+    """What DEVICE=PLATFORM options say: by device id, a platform's name or file.
+
+    Raises:
+        click.UsageError: one is not of that form.
+    """
+    import click
+
+    if wrong := [item for item in named if "=" not in item]:
+        raise click.UsageError(f"{wrong[0]!r} is not DEVICE=PLATFORM, for example eye-0=pi-4")
+    return dict(item.split("=", 1) for item in named)

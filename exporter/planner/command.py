@@ -9,7 +9,7 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ from agent.protocol.fleet import load_fleet
 from agent.protocol.manifest import Manifest
 from agent.protocol.units import format_bytes
 from exporter.report_measured import HEAD
-from exporter.terminal import print_table
+from exporter.terminal import named_platforms, print_table
 
 from .choice import Choice, Wish, pareto
 from .measured import Beside, beside, live_of, read_kept
@@ -31,18 +31,69 @@ if TYPE_CHECKING:
     from exporter.methods.face import Progress
 
     from .evaluate import Task
-    from .search import Effort, Found
+    from .search import Found
 
 SHOWN_UNTRAINED = 5
 """How many plans that were not trained the terminal names; --json and the page have all."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a command was asked to find a plan for.
+
+    Attributes:
+        model: The .keras file, None where every method trains its own network.
+        data: As `load_data` takes it.
+        fleet: The fleet file.
+        chosen: Options of the command.
+        fixed: By method, settings that the user fixed.
+    """
+
+    model: Path | None
+    data: str
+    fleet: Path
+    chosen: Mapping[str, Any]
+    fixed: Mapping[str, Mapping[str, Any]]
+
+    def task(self) -> Task:
+        """What all candidates share."""
+        from .evaluate import Task
+
+        return Task(
+            model=self.model,
+            data=self.data,
+            fleet=self.fleet,
+            cache=self.chosen["cache"],
+            seed=self.chosen["seed"],
+            workers=self.chosen["workers"] or 1,
+        )
+
+    @property
+    def wish(self) -> Wish:
+        """What the plan shall have least of, and what it may lose."""
+        lost = self.chosen["max_loss_one_lost"]
+        return Wish(
+            goal=self.chosen["goal"],
+            max_loss=self.chosen["max_loss"] / 100,
+            max_loss_one_lost=None if lost is None else lost / 100,
+        )
+
+    def search(self, task: Task, progress: Progress) -> Found:
+        """Search as long as the options allow.
+
+        Raises:
+            ShoalError: as `search.search`.
+        """
+        from .search import Effort, search
+
+        chosen = self.chosen
+        effort = Effort(chosen["minutes"], chosen["workers"], chosen["everything"])
+        platforms = named_platforms(chosen["platforms"])
+        return search(task, self.wish, effort, progress, fixed=self.fixed, platforms=platforms)
+
+
 def plan_all(
-    model: Path | None,
-    data: str,
-    fleet: Path,
-    chosen: Mapping[str, Any],
-    fixed: Mapping[str, Mapping[str, Any]],
+    asked: Asked,
     page: Path,
     progress: Progress,
     *,
@@ -52,11 +103,7 @@ def plan_all(
     """Search, print the table and the sentence, and draw the page.
 
     Args:
-        model: The .keras file, None where every method trains its own network.
-        data: As `load_data` takes it.
-        fleet: The fleet file.
-        chosen: Options of the command.
-        fixed: By method, settings that the user fixed.
+        asked: What for.
         page: Where the page is drawn.
         progress: Told what is going on.
         measured: Bundles whose fleets `shoal measure` measured.
@@ -66,16 +113,9 @@ def plan_all(
         ShoalError: as `search.search` and `measured.read_kept`, or the page cannot be written.
     """
     from .page import write_page
-    from .search import search
 
     kept = read_kept(measured)
-    found = search(
-        _task(model, data, fleet, chosen),
-        *_aims(chosen),
-        progress,
-        fixed=fixed,
-        platforms=_platforms(chosen),
-    )
+    found = asked.search(asked.task(), progress)
     lived = beside(found.state, kept)
     write_page(page, found.state, found.known, found.choice, lived)
     if as_json:
@@ -88,12 +128,8 @@ def plan_all(
 
 
 def export_best(
-    model: Path | None,
-    data: str,
-    fleet: Path,
+    asked: Asked,
     out: Path,
-    chosen: Mapping[str, Any],
-    fixed: Mapping[str, Mapping[str, Any]],
     progress: Progress,
     *,
     dtype: Literal["int8", "float32"],
@@ -108,31 +144,25 @@ def export_best(
         PlanDoesNotFit: no plan could be made.
         ShoalError: as `search.search`.
     """
-    from dataclasses import replace
-
     from exporter.bundle import check_target
 
-    from .search import bundle_of, search
+    from .search import bundle_of
 
     check_target(out)
-    task = replace(_task(model, data, fleet, chosen), dtype=dtype, targets=targets)
-    found = search(task, *_aims(chosen), progress, fixed=fixed, platforms=_platforms(chosen))
+    task = replace(asked.task(), dtype=dtype, targets=targets)
+    found = asked.search(task, progress)
     taken = found.choice.point
     if taken is None:
         raise PlanDoesNotFit(
             "\n".join(_reasons(found.known)), "add devices, or give larger budgets"
         )
-    return write_taken(bundle_of(task, taken.candidate), fleet, out), found.choice.sentence
+    return write_taken(bundle_of(task, taken.candidate), asked.fleet, out), found.choice.sentence
 
 
 def export_named(
     name: str,
-    model: Path | None,
-    data: str,
-    fleet: Path,
+    asked: Asked,
     out: Path,
-    chosen: Mapping[str, Any],
-    fixed: Mapping[str, Mapping[str, Any]],
     progress: Progress,
     *,
     dtype: Literal["int8", "float32"],
@@ -150,8 +180,6 @@ def export_named(
         PlanDoesNotFit: it cannot be made.
         ShoalError: as `search.search`.
     """
-    from dataclasses import replace
-
     from exporter.bundle import check_target
     from exporter.methods.snn.search import ResultCache, Workers, map_cached
 
@@ -160,9 +188,8 @@ def export_named(
     from .search import begin
 
     check_target(out)
-    task = replace(_task(model, data, fleet, chosen), dtype=dtype, targets=targets)
-    wish, _ = _aims(chosen)
-    state = begin(task, wish, fixed)
+    task = replace(asked.task(), dtype=dtype, targets=targets)
+    state = begin(task, asked.wish, asked.fixed)
     plans = {candidate.name: candidate for candidate in state.space(state.fleet)}
     wanted = " ".join(name.split())
     # The table names a plan's strategies too: "edgent on eye (device)".
@@ -184,7 +211,7 @@ def export_named(
     if outcome.manifest is None:
         raise PlanDoesNotFit(f"{candidate.name}: {outcome.refused}", "take another plan")
     best = max(outcome.judged.values())
-    return write_taken(result, fleet, out), (
+    return write_taken(result, asked.fleet, out), (
         f"{candidate.name}: {best * 100:.2f} % right (measured on {state.judged_by} samples held "
         "out for choosing)."
     )
@@ -206,37 +233,6 @@ def write_taken(result: Mapping[str, Any], fleet: Path, out: Path) -> Manifest:
         write_manifest(folder, manifest)
         rewrite_report(folder)
     return manifest
-
-
-def _task(model: Path | None, data: str, fleet: Path, chosen: Mapping[str, Any]) -> Task:
-    from .evaluate import Task
-
-    return Task(
-        model=model,
-        data=data,
-        fleet=fleet,
-        cache=chosen["cache"],
-        seed=chosen["seed"],
-        workers=chosen["workers"] or 1,
-    )
-
-
-def _aims(chosen: Mapping[str, Any]) -> tuple[Wish, Effort]:
-    from .search import Effort
-
-    lost = chosen["max_loss_one_lost"]
-    wish = Wish(
-        goal=chosen["goal"],
-        max_loss=chosen["max_loss"] / 100,
-        max_loss_one_lost=None if lost is None else lost / 100,
-    )
-    return wish, Effort(chosen["minutes"], chosen["workers"], chosen["everything"])
-
-
-def _platforms(chosen: Mapping[str, Any]) -> dict[str, str]:
-    if wrong := [item for item in chosen["platforms"] if "=" not in item]:
-        raise click.UsageError(f"{wrong[0]!r} is not DEVICE=PLATFORM, for example eye-0=pi-4")
-    return dict(item.split("=", 1) for item in chosen["platforms"])
 
 
 def _as_json(

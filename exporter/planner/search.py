@@ -113,6 +113,7 @@ def search(
         task = replace(task, workers=1)
     state = replace(begin(task, wish, fixed or {}), platforms=platforms or {})
     fleet = state.fleet
+    progress(f"sketch {len(state.space(fleet))} plans", 0, 1)
     for name, platform in state.platforms.items():
         fleet.device(name)
         load_platform(platform)
