@@ -825,9 +825,11 @@ class Engine:
         guessed = self.manifest.plan.unseen_guess if verdict is None else verdict.class_index
         guess = None if guessed is None else labels[guessed]
         now_s = self._clock()
-        total_ms = (now_s - collection.opened_s) * 1e3
         fusion_ms = (now_s - fused_s) * 1e3 if sources else 0.0
         queue_ms, inference_ms = queue_us / 1e3, inference_us / 1e3
+        known_ms = queue_ms + inference_ms + fusion_ms
+        # A contributor may have heard the request before it came here.
+        total_ms = max((now_s - collection.opened_s) * 1e3, known_ms)
         return Decision(
             plan=self.manifest.plan_id,
             request=f"{collection.request:016x}",
@@ -846,7 +848,7 @@ class Engine:
                 total_ms=total_ms,
                 queue_ms=queue_ms,
                 inference_ms=inference_ms,
-                wire_ms=max(0.0, total_ms - queue_ms - inference_ms - fusion_ms),
+                wire_ms=total_ms - known_ms,
                 fusion_ms=fusion_ms,
             ),
         )

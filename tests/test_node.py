@@ -235,6 +235,20 @@ def test_latency_is_split_along_the_slowest_contributor() -> None:
     assert latency.fusion_ms == 0
 
 
+def test_latency_adds_up_where_a_device_heard_the_request_first() -> None:
+    fleet = Engines(answering(Fusion.MIN_ENTROPY), {})
+    desk = fleet.of["desk"]
+    desk.request(fleet.request(7))
+    fleet.now_s += 0.001
+    effects = []
+    for i in range(3):
+        header = Header(desk.plan, 7, fleet.of[f"d{i}"].boot, 0, i)
+        effects = desk.part(f"d{i}", Answer(header, i, True, 0.5, 0.5, 2000, 4000), 52)
+    fleet.settle([("desk", effects)])
+    latency = fleet.decisions[0].latency
+    assert (latency.total_ms, latency.wire_ms) == (6, 0)
+
+
 def test_restart_of_a_device_does_not_reach_into_an_open_request() -> None:
     fleet = Engines(answering(Fusion.MIN_ENTROPY), {"p0": UNSURE, "p1": SURE, "p2": NOT_MINE})
     fleet.silent = {"d1"}

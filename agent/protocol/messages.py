@@ -439,7 +439,8 @@ class Latency(Contract):
 
     `total_ms` is measured at the aggregator, from the arrival of the request to the decision;
     `queue_ms` and `inference_ms` are measured by the slowest contributor; `fusion_ms` at the
-    aggregator; `wire_ms` is the rest.
+    aggregator; `wire_ms` is the rest. Where the contributor heard the request so much earlier that
+    its times alone are longer, `total_ms` is the sum of the others, and `wire_ms` 0.
     """
 
     total_ms: NonNegative
