@@ -114,23 +114,33 @@ class Case:
     """A network to train.
 
     Attributes:
-        network: Its layout.
+        network: Its layout, or its widening factor: a wide ResNet of 10 layers, cut by the splitter
+            as a user's network is.
         data: Name of the data.
         split: Branches.
         fatten: Percent.
         dropout: Chance that a branch is not heard in training.
+        teach: Share of the loss that is the scores of the whole network, trained before.
         prune: Percent of the channels that the trained branches of the same case without it lose;
             they are then trained on as long again at half the rate.
         paper: Its accuracy in the paper, percent.
     """
 
-    network: PaperNetwork
+    network: PaperNetwork | int
     data: str
     split: int
     fatten: int = 0
     dropout: float = 0.0
+    teach: float = 0.0
     prune: int = 0
     paper: str = "-"
+
+    @property
+    def text(self) -> str:
+        """Name of the network, for tables."""
+        if isinstance(self.network, int):
+            return f"WRN-10-{self.network}"
+        return self.network.name.removesuffix("-bn")
 
 
 LENET, CIFARNET = NETWORKS["lenet"], CIFARNET_BN
@@ -148,7 +158,11 @@ CASES = {
     "cifarnet/8-f40": Case(CIFARNET, "cifar10", 8, 40, paper="base - 3"),
     "cifarnet/8-f40-p40": Case(CIFARNET, "cifar10", 8, 40, prune=40, paper="unpruned - 0.1"),
     "cifarnet/8-f40-tolerant": Case(CIFARNET, "cifar10", 8, 40, dropout=0.3),
+    "wrn-10-4/1": Case(4, "cifar10", 1),
+    "wrn-10-4/8-f40": Case(4, "cifar10", 8, 40, teach=0.5, paper="base - 3.3 (ResNet-50)"),
 }
+MINIMUM_WIDTH = 8
+"""Of wide ResNets' branches: their first layer has 16 channels, and an eighth of it would be 2."""
 RECIPES = {
     "mnist": TrainOptions(epochs=30, rate=4e-3, warm_up=0.1, decay=1e-5, crop_pixels=1),
     "cifar10": TrainOptions(
@@ -346,6 +360,22 @@ def teller(name: str, seed: int) -> Tell:
     return tell
 
 
+def residual_branches(widening: int, split: int, fatten: int, seed: int) -> Any:
+    """A wide ResNet of 10 layers cut into equal branches with fresh weights."""
+    from exporter.methods.lcp.capacity import Fit
+    from exporter.methods.lcp.method import keeps_of, untrained
+    from exporter.methods.lcp.options import LcpOptions
+    from exporter.methods.lcp.split import BranchSpec, Splitter
+    from exporter.zoo.wrn import group_widths, wide_resnet
+
+    whole = wide_resnet(10, group_widths(widening))
+    splitter = Splitter(whole, minimum_width=MINIMUM_WIDTH)
+    fit = Fit((BranchSpec(1 / split, 1 / split),) * split, 0)
+    keeps = keeps_of(splitter, fit, fatten / 100)
+    options = LcpOptions(fresh=True, seed=seed)
+    return untrained(splitter, keeps, splitter.merge, fleet_of(split), options)
+
+
 def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
     """The trained network of a case, its data, and its accuracy on validation data."""
     from exporter.data import Split as Part
@@ -357,6 +387,8 @@ def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
     start_tensorflow()
     import keras
 
+    from exporter.methods.lcp.method import loss_of
+    from exporter.methods.lcp.options import LcpOptions
     from exporter.methods.lcp.zoo import paper_branches
 
     case = CASES[name]
@@ -368,13 +400,22 @@ def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
     data = replace(data, train=training, held_out=Part(x[-HELD_OUT:], y[-HELD_OUT:]))
     keras.utils.set_random_seed(seed)
     devices = [f"w{i}" for i in range(case.split)]
-    network = paper_branches(case.network, devices, fatten=case.fatten / 100)
     options = replace(RECIPES[case.data], part_dropout=case.dropout, seed=seed)
+    if isinstance(case.network, int):
+        network = residual_branches(case.network, case.split, case.fatten, seed)
+    else:
+        network = paper_branches(case.network, devices, fatten=case.fatten / 100)
+    teacher = None
+    if case.teach:
+        whole, _, _ = taught(f"{name.partition('/')[0]}/1", seed, tell)
+        teacher = keras.Sequential(whole.models)
 
     def run(taken: Any, how: TrainOptions, about: str) -> float | None:
         return train(
             taken.models,
-            taken.label_loss(how),
+            taken.label_loss(how)
+            if teacher is None
+            else loss_of(taken, teacher, LcpOptions(teach=case.teach, training=how)),
             data.train,
             data.inputs,
             how,
@@ -416,7 +457,7 @@ def trained(name: str, seed: int) -> dict[str, Any]:
     exported = pipeline.quantize(network.pieces(data, fleet), data, fleet, "int8", tell)
     settled = settle(network, "lcp", data, fleet, pipeline.runner(exported))
     figures = {key: figure.value for key, figure in settled.figures.items()}
-    if case.prune:  # as exported: batch norm is folded away
+    if case.prune or isinstance(case.network, int):  # as exported: batch norm is folded away
         costs = [piece_cost(layer_graph(model), Numbers.INT8) for model in network.models]
         params = sum(cost.parameters for cost in costs)
         macs = sum(cost.macs for cost in costs)
@@ -534,6 +575,12 @@ def _goals(told: dict[str, Any]) -> list[Row]:
                 fewer >= 2.5,
             )
         )
+    below(
+        "WRN-10-4 / CIFAR-10, 8-f40: points below the whole, float",
+        1.5,
+        "3.3, ResNet-50 on ImageNet",
+        [base["float"] - split["float"] for split, base in pairs("wrn-10-4/8-f40", "wrn-10-4/1")],
+    )
     fat, thin, tolerant = (split.text for split in DIGITS[3:6])
     for what, some, whole, source in (
         ("LeNet, split 8", "lenet/8-p40", "lenet/8", runs),
@@ -652,7 +699,7 @@ def _line(name: str, runs: Sequence[dict[str, Any]]) -> str:
     case, first = CASES[name], runs[0]
     lost = "-" if first["one_lost"] is None else _mean([run["one_lost"] for run in runs])
     cells = [
-        f"{case.network.name.removesuffix('-bn')} / {case.data}",
+        f"{case.text} / {case.data}",
         name.partition("/")[2],
         f"{first['params']:,}",
         f"{first['macs'] / 1e6:,.3f} M",

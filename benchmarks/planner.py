@@ -85,11 +85,11 @@ def network(path: Path) -> Path:
 
 def measure(name: str, work: Path) -> dict[str, Any]:
     """One fleet: the planner, then every other plan of the space, then a what-if."""
-    from exporter.methods.snn.search import ResultCache, map_cached
     from exporter.planner.choice import Wish, choose
     from exporter.planner.evaluate import Task, evaluate, outcome_of, result_key
     from exporter.planner.saved import FOLDER, known
     from exporter.planner.search import Effort, search
+    from exporter.workers import ResultCache, map_cached
 
     base = work / "digits.keras"
     if not base.exists():

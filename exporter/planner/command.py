@@ -181,7 +181,7 @@ def export_named(
         ShoalError: as `search.search`.
     """
     from exporter.bundle import check_target
-    from exporter.methods.snn.search import ResultCache, Workers, map_cached
+    from exporter.workers import ResultCache, Workers, map_cached
 
     from .evaluate import evaluate, outcome_of, result_key
     from .saved import FOLDER

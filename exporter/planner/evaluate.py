@@ -29,8 +29,8 @@ from exporter.data import DataSet, Split
 from exporter.graph import LayerGraph, layer_graph
 from exporter.method_options import default_choices, method_options
 from exporter.methods.face import Design, Settled, TrainedPiece
-from exporter.methods.snn.search import Arrays, content_key
 from exporter.methods.snn.source import source_key
+from exporter.workers import Arrays, content_key
 
 from .candidates import Candidate
 from .glances import Glance

@@ -21,9 +21,9 @@ from agent.protocol.errors import ShoalError
 from exporter.cost.platform import load_platform
 from exporter.graph import layer_graph
 from exporter.methods.face import Progress
-from exporter.methods.snn.search import ResultCache, Work, Workers, content_key, map_cached
 from exporter.methods.snn.source import source_key
 from exporter.surgery import without_softmax
+from exporter.workers import ResultCache, Work, Workers, content_key, map_cached
 
 from .candidates import TRAINED, Candidate, Setting
 from .choice import Choice, Wish, choose, still_open
@@ -126,8 +126,9 @@ def search(
     def glance_key(candidate: Candidate) -> str:
         return content_key(glance=key(candidate), source=source_key(make_glance, short))
 
+    workers = Workers(processes)
+
     def reckoned(work: Work, wave: Sequence[Candidate], keyed: Callable[[Candidate], str]) -> Any:
-        workers = Workers(min(processes, len(wave)))
         return map_cached(work, task, wave, keyed, cache=cache, workers=workers)
 
     kept = [cache.read(key(candidate)) for candidate in state.space(fleet)]
@@ -140,34 +141,37 @@ def search(
     outcomes = [outcome_of(result) for result in kept if result is not None]
     glances: list[Glance] = []
     fresh = 0
-    while True:
-        seconds = time.monotonic() - started
-        state = replace(state, outcomes=tuple(outcomes), glances=tuple(glances), seconds=seconds)
-        save(state, task.cache)
-        now = known(state, fleet)
-        steps = next_steps(
-            now.points,
-            glances,
-            state.wish,
-            processes,
-            glanced=glanced,
-            everything=effort.everything,
-        )
-        if not steps or (seconds > 60 * effort.minutes and outcomes):
-            return Found(state, now, choose(now.points, state.wish), fresh)
-        new = [step.candidate for step in steps if step.shortly]
-        if new:
-            for candidate in new:
-                if cache.read(glance_key(candidate)) is None:
-                    progress(f"glance at {candidate.name}", 0, 1)
-            glances += map(glance_of, reckoned(glance, new, glance_key))
-            continue
-        wave = [step.candidate for step in steps]
-        for candidate in wave:
-            progress(f"try {candidate.name}", 0, 1)
-        results = reckoned(evaluate, wave, key)
-        outcomes += map(outcome_of, results)
-        fresh += len(results)
+    with workers:
+        while True:
+            seconds = time.monotonic() - started
+            state = replace(
+                state, outcomes=tuple(outcomes), glances=tuple(glances), seconds=seconds
+            )
+            save(state, task.cache)
+            now = known(state, fleet)
+            steps = next_steps(
+                now.points,
+                glances,
+                state.wish,
+                processes,
+                glanced=glanced,
+                everything=effort.everything,
+            )
+            if not steps or (seconds > 60 * effort.minutes and outcomes):
+                return Found(state, now, choose(now.points, state.wish), fresh)
+            new = [step.candidate for step in steps if step.shortly]
+            if new:
+                for candidate in new:
+                    if cache.read(glance_key(candidate)) is None:
+                        progress(f"glance at {candidate.name}", 0, 1)
+                glances += map(glance_of, reckoned(glance, new, glance_key))
+                continue
+            wave = [step.candidate for step in steps]
+            for candidate in wave:
+                progress(f"try {candidate.name}", 0, 1)
+            results = reckoned(evaluate, wave, key)
+            outcomes += map(outcome_of, results)
+            fresh += len(results)
 
 
 def begin(task: Task, wish: Wish, fixed: Mapping[str, Mapping[str, Setting]]) -> State:

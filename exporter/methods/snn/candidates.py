@@ -16,6 +16,7 @@ from agent.protocol.plan import AnswerRule, Fusion
 from agent.protocol.scores import Answers, answer
 from exporter.cost.piece import INTERPRETER_CODE_BYTES, Numbers, container_bytes
 from exporter.methods.face import Progress
+from exporter.workers import ResultCache, Workers, content_key, map_cached
 
 from .estimate import OutcomeEstimator, flattening
 from .masked import Floats
@@ -29,7 +30,6 @@ from .partition import (
 )
 from .profile import BaseProfile
 from .prune import PrunedSnn, PruneOptions, prune, pruned_logits
-from .search import ResultCache, Workers, content_key, map_cached
 from .source import source_key
 from .threshold import WHOLE_GRID, common_threshold
 
@@ -87,14 +87,38 @@ def _pruned(classes: Sequence[int], arrays: Mapping[str, NDArray[Any]]) -> Prune
     )
 
 
-class SubsetSearch:
-    """Pruned networks for class sets, computed in parallel and remembered."""
+SMALL_MACS = 2e10
+"""Work that one process has done before others have loaded TensorFlow, multiply-accumulates."""
 
-    def __init__(self, work: Pruning, options: SnnOptions, progress: Progress) -> None:
+
+class SubsetSearch:
+    """Pruned networks for class sets, computed in parallel and remembered.
+
+    Attributes:
+        workers: Who prunes; entered (`with`), their processes serve one call after another.
+    """
+
+    def __init__(
+        self,
+        work: Pruning,
+        options: SnnOptions,
+        progress: Progress,
+        workers: Workers | None = None,
+    ) -> None:
         self.work, self.options, self.progress = work, options, progress
         self.cache = ResultCache(options.cache)
-        self.workers = Workers(options.workers or None, options.dask_scheduler)
+        self.workers = workers or Workers(options.workers or None, options.dask_scheduler)
         self.done: dict[tuple[int, ...], dict[str, NDArray[Any]]] = {}
+
+    def workers_for(self, passes: int) -> Workers:
+        """Who does work of so many passes of one input through the base; what was asked for stays.
+
+        It depends on nothing but the inputs: a processor more would else change the last bits of
+        what is trained.
+        """
+        automatic = not self.options.workers and self.options.dask_scheduler is None
+        small = passes * self.work.profile.cost.macs < SMALL_MACS
+        return Workers(1) if automatic and small else self.workers
 
     def networks(
         self, subsets: Sequence[tuple[int, ...]], what: str
@@ -108,7 +132,7 @@ class SubsetSearch:
                 missing,
                 self.work.key,
                 cache=self.cache,
-                workers=self.workers,
+                workers=self.workers_for(len(missing) * len(self.work.profile.labels)),
                 progress=self.progress,
                 what=what,
             )
@@ -120,7 +144,7 @@ class SubsetSearch:
         if self.options.quick:
             return self
         work = replace(self.work, options=self.work.options.rough())
-        return SubsetSearch(work, self.options, self.progress)
+        return SubsetSearch(work, self.options, self.progress, self.workers)
 
     def answers(self, subset: tuple[int, ...]) -> Answers:
         """What the network for a class set says of the threshold set, foreign rows kept."""

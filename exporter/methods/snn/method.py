@@ -81,13 +81,14 @@ class SNN:
         parts = held_out_parts(data, options)
         search = subset_search(base, data, parts, options, progress)
         labels = parts["threshold"].labels
-        found = best_partition(search, labels, fleet, options, progress)
-        snns = assign(search, found.best.partition, labels, fleet, options)
         calibration = data.inputs(parts["prune"].frames)
-        if options.compensate is None and options.distill is None:
-            models = [build(base, snn.pruned) for snn in snns]
-        else:
-            snns, models = retrained(search, base, snns, calibration, data)
+        with search.workers:
+            found = best_partition(search, labels, fleet, options, progress)
+            snns = assign(search, found.best.partition, labels, fleet, options)
+            if options.compensate is None and options.distill is None:
+                models = [build(base, snn.pruned) for snn in snns]
+            else:
+                snns, models = retrained(search, base, snns, calibration, data)
         message_bytes = _message_bytes(snns, len(data.classes), options)
         pieces = tuple(
             TrainedPiece(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from exporter.data import DataSet
 from exporter.surgery import without_softmax
+from exporter.workers import content_key, map_cached
 
 from .candidates import SubsetSearch
 from .compensate import compensate
@@ -19,7 +20,6 @@ from .distill import DistillOptions, Row, base_logits, distill
 from .masked import Floats
 from .options import Snn, SnnOptions, plain
 from .prune import build
-from .search import content_key, map_cached
 from .source import source_key
 
 if TYPE_CHECKING:
@@ -133,17 +133,20 @@ def retrained(
     options, teacher = search.options, without_softmax(base)
     lessons: _Lessons | None = None
     taught: tuple[Floats, ...] = ()
+    passes = len(snns) * len(held_out)
     if options.distill is not None:
         order = np.random.default_rng(options.seed).permutation(len(data.train))
         frames = data.train.frames[np.sort(order[: options.distill_samples])]
         lessons = _Lessons(teacher, options.distill, frames, data.frame.scale, data.frame.offset)
+        views = options.distill.epochs * len(frames)
+        passes += 3 * len(snns) * views  # forwards, and twice that backwards
         found = map_cached(
             _lesson,
             lessons,
             range(options.distill.epochs),
             lessons.key,
             cache=search.cache,
-            workers=search.workers,
+            workers=search.workers_for(views),
             progress=search.progress,
             what="ask the base about training views",
         )
@@ -155,7 +158,7 @@ def retrained(
         snns,
         work.key,
         cache=search.cache,
-        workers=search.workers,
+        workers=search.workers_for(passes),
         progress=search.progress,
         what="compensate" if lessons is None else "distill",
     )

@@ -17,10 +17,10 @@ import os
 import pickle
 import signal
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,9 +49,12 @@ ONE_THREAD = {
 """What a worker's environment says before it loads TensorFlow: workers are the parallelism."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Workers:
     """Who works.
+
+    As a context manager it keeps its processes from one `map_cached` to the next: each takes
+    seconds to load TensorFlow.
 
     Attributes:
         processes: 1 = in this process; more = so many others. None = one per processor.
@@ -60,6 +63,49 @@ class Workers:
 
     processes: int | None = None
     dask_scheduler: str | None = None
+    _kept: bool = field(default=False, init=False, repr=False)
+    _pool: ProcessPoolExecutor | None = field(default=None, init=False, repr=False)
+    _others: frozenset[Any] = field(default=frozenset(), init=False, repr=False)
+
+    def __enter__(self) -> Workers:
+        """Keep processes, once they are needed."""
+        self._kept = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End them."""
+        self._kept = False
+        self._end()
+
+    @property
+    def most(self) -> int:
+        """How many work at a time."""
+        return self.processes or os.cpu_count() or 1
+
+    @contextlib.contextmanager
+    def pool(self) -> Iterator[ProcessPoolExecutor]:
+        """Processes; on an error inside, they are ended at once."""
+        if self._pool is None:
+            self._others = frozenset(multiprocessing.active_children())
+            self._pool = ProcessPoolExecutor(
+                self.most,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+            )
+        try:
+            yield self._pool
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
+            self._end()
+            raise
+        if not self._kept:
+            self._end()
+
+    def _end(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def content_key(**inputs: Any) -> str:
@@ -162,7 +208,7 @@ def map_cached(
     key: Callable[[Item], str],
     *,
     cache: ResultCache | None = None,
-    workers: Workers = Workers(),
+    workers: Workers | None = None,
     progress: Progress | None = None,
     what: str = "evaluate",
 ) -> list[dict[str, NDArray[Any]]]:
@@ -175,7 +221,7 @@ def map_cached(
         key: Canonical key of an item's result, `content_key` of all that the result depends on.
         cache: Where results are kept; written as each arrives, so that a break loses only what
             was being computed.
-        workers: Who works.
+        workers: Who works; None: a process for every processor, for this call.
         progress: Told (what, done, total) at the start and after each new result.
         what: A word for that.
 
@@ -197,7 +243,7 @@ def map_cached(
     if progress is not None:
         progress(what, len(results), total)
     # Closing the generator, also on an error here, ends the workers.
-    with contextlib.closing(_computed(work, context, missing, workers)) as computed:
+    with contextlib.closing(_computed(work, context, missing, workers or Workers())) as computed:
         for each, result in computed:
             results[each] = _plain(result)
             if cache is not None:
@@ -215,53 +261,38 @@ def _computed(
     if workers.dask_scheduler is not None:
         yield from _by_dask(work, context, items, workers.dask_scheduler)
         return
-    processes = min(workers.processes or os.cpu_count() or 1, len(items))
-    if processes > 1:
-        yield from _by_processes(work, context, items, processes)
+    if min(workers.most, len(items)) > 1:
+        yield from _by_processes(work, context, items, workers)
         return
     for key, item in items.items():
         yield key, work(context, item)
 
 
 def _by_processes(
-    work: Work, context: Any, items: Mapping[str, Any], processes: int
+    work: Work, context: Any, items: Mapping[str, Any], workers: Workers
 ) -> Generator[tuple[str, Arrays], None, None]:
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(pickle.dumps((work, context)),),
-    )
-    try:
+    with tempfile.TemporaryDirectory(prefix="shoal-work-") as folder, workers.pool() as pool:
+        # By a file: a pipe that a process is slow to read would hold up the start of the next.
+        shared = Path(folder) / "shared.pickle"
+        shared.write_bytes(pickle.dumps((work, context)))
         futures: dict[Future[Arrays], str] = {
-            pool.submit(_worker_computes, item): key for key, item in items.items()
+            pool.submit(_worker_computes, shared, item): key for key, item in items.items()
         }
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool:
-        raise ShoalError(
-            "a worker process ended before its work: mostly that is too little memory",
-            "try fewer workers; what is done so far is kept in the cache",
-        ) from None
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - before:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise ShoalError(
+                "a worker process ended before its work: mostly that is too little memory",
+                "try fewer workers; what is done so far is kept in the cache",
+            ) from None
 
 
-_in_worker: dict[str, Any] = {}
-
-
-def _start_worker(pickled: bytes) -> None:
-    """Prepare a worker process: one thread, quiet on Ctrl-C, then load what all items share."""
+def _start_worker() -> None:
+    """Prepare a worker process: one thread, ended by Ctrl-C without a word."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(ONE_THREAD)
     _one_thread()
-    with captured_native_stderr():  # TensorFlow loads here, if the context holds a network
-        _in_worker["work"], _in_worker["context"] = pickle.loads(pickled)
 
 
 def _one_thread() -> None:
@@ -271,8 +302,16 @@ def _one_thread() -> None:
     threadpool_limits(1)
 
 
-def _worker_computes(item: Any) -> Arrays:
-    return _plain(_in_worker["work"](_in_worker["context"], item))
+@lru_cache(maxsize=1)
+def _shared(path: Path) -> tuple[Work, Any]:
+    with captured_native_stderr():  # TensorFlow loads here, if the context holds a network
+        work, context = pickle.loads(path.read_bytes())
+    return work, context
+
+
+def _worker_computes(shared: Path, item: Any) -> Arrays:
+    work, context = _shared(shared)
+    return _plain(work(context, item))
 
 
 def _by_dask(

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from agent.protocol.errors import DeviceUnreachable, ShoalError
-from exporter.methods.snn.search import ResultCache, Workers, content_key, map_cached
+from exporter.workers import ResultCache, Workers, content_key, map_cached
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,7 +122,7 @@ def test_missing_dask_is_named_with_the_line_that_installs_it(monkeypatch):
 
 def test_absent_scheduler_is_unreachable(monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr("exporter.methods.snn.search.DASK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("exporter.workers.DASK_TIMEOUT_S", 0.2)
 
     with pytest.raises(DeviceUnreachable, match="no dask scheduler at"):
         map_cached(
@@ -215,8 +215,8 @@ def test_ctrl_c_in_the_terminal_ends_all_processes_and_keeps_the_cache(tmp_path)
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from exporter.methods.snn.search import ResultCache, Workers, map_cached\n"
-        "from test_snn_search import endless, key_of\n"
+        "from exporter.workers import ResultCache, Workers, map_cached\n"
+        "from test_workers import endless, key_of\n"
         "if __name__ == '__main__':\n"
         "    folder = Path(sys.argv[1])\n"
         "    map_cached(endless, str(folder), [0, 1, 2], key_of,\n"
@@ -303,3 +303,15 @@ def test_values_without_a_canonical_form_are_refused():
     for value in (object(), np.array([object()]), {1: 2}):
         with pytest.raises(TypeError, match="no canonical form"):
             content_key(value=value)
+
+
+def test_entered_workers_keep_their_processes_from_one_call_to_the_next():
+    with Workers(processes=2) as workers:
+        first = map_cached(power_table, 2.5, [1, 2, 3], key_of, workers=workers)
+        processes = set(multiprocessing.active_children())
+        second = map_cached(power_table, 1.5, [1, 2, 3], key_of, workers=workers)
+        assert set(multiprocessing.active_children()) == processes != set()
+
+    assert {int(r["pid"]) for r in second} <= {process.pid for process in processes}
+    assert float(second[0]["sum"]) != float(first[0]["sum"])
+    assert multiprocessing.active_children() == []
