@@ -109,8 +109,9 @@ def _cifarnet_bn(net: Layout, w: Width) -> None:
     x = net.max_pool("pool1", net.batch_norm("norm1", x), 2, 2)
     x = net.batch_norm("norm2", net.conv("conv2", x, w(64), 5, padding="valid", relu=False))
     x = net.flatten("flatten", net.max_pool("pool2", x, 2, 2))
-    x = net.dense("fc3", net.dropout("fc3_dropout", x, 0.3), w(384))
-    net.dense("fc4", net.dropout("fc4_dropout", x, 0.3), w(192))
+    unheard = 0.3 * w(384) / 384  # a narrow branch has nothing to spare
+    x = net.dense("fc3", net.dropout("fc3_dropout", x, unheard), w(384))
+    net.dense("fc4", net.dropout("fc4_dropout", x, unheard), w(192))
 
 
 def _alexnet_v2(net: Layout, w: Width) -> None:
@@ -213,9 +214,10 @@ _ALL = (
     PaperNetwork("mobilenet", IMAGENET, 1000, Fusion.CONCAT, "round", _mobilenet),
 )
 NETWORKS: Mapping[str, PaperNetwork] = {network.name: network for network in _ALL}
-CIFARNET_BN = PaperNetwork("cifarnet-bn", (32, 32, 3), 10, Fusion.SUM, "round", _cifarnet_bn)
+CIFARNET_BN = PaperNetwork("cifarnet-bn", (32, 32, 3), 10, Fusion.CONCAT, "round", _cifarnet_bn)
 """CifarNet to be trained: batch norm, which folds into the convolutions, in place of the table's
-one factor and offset a map, and dropout before the dense layers."""
+one factor and offset a map, and dropout before the dense layers. Its last layer reads all branches'
+features side by side (1 % more parameters than of their sum)."""
 
 
 def paper_network(name: str) -> PaperNetwork:
