@@ -511,10 +511,10 @@ def draw() -> str:
         lines += [
             "",
             "The paper's networks. Accuracy on all test images in percent, mean +- deviation "
-            "(seeds), trained from the labels; the fattened branches of CifarNet and the wide ResNet "
+            "(seeds), trained from the labels; fattened branches of CifarNet and of the wide ResNet "
             "also from the whole network's scores, as `shoal export` does. *p40*: 40 % of the "
-            "channels of every trained branch pruned, then trained on as long again. *3.13*: 16-bit "
-            "fixed point, emulated. "
+            "channels of every trained branch pruned, then trained on as long again. *3.13*: "
+            "16-bit fixed point, emulated. "
             "*One lost*: the worst branch missing. *Sent*: payloads of all branches.",
             "",
             "| network | split | parameters | MACs | epochs | float | int8 fleet | 3.13 | "
