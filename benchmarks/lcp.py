@@ -511,7 +511,7 @@ def draw() -> str:
         lines += [
             "",
             "The paper's networks. Accuracy on all test images in percent, mean +- deviation "
-            "(seeds), trained from the labels; fattened branches of CifarNet and of the wide ResNet "
+            "(seeds), trained from the labels; fattened branches of CifarNet and the wide ResNet "
             "also from the whole network's scores, as `shoal export` does. *p40*: 40 % of the "
             "channels of every trained branch pruned, then trained on as long again. *3.13*: "
             "16-bit fixed point, emulated. "
