@@ -34,7 +34,7 @@ from agent.protocol.plan import FRAME, Node
 from agent.protocol.topics import Topics
 from agent.traffic import DeviceTraffic, Tally, Traffic
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
 ONLINE_TIMEOUT_S = 2.0
 """How long the aggregator's retained status may take after connecting."""
 MARGIN_S = 2.0

@@ -388,6 +388,7 @@ class _Connection:
     ) -> None:
         self.version = version
         self.address = address
+        self.client_id = client_id
         # Topic (None where it is not UTF-8), payload, subscription identifiers.
         self.inbox: deque[tuple[str | None, bytes, Sequence[int]]] = deque()
         self.acknowledged: deque[tuple[int, ReasonCode]] = deque()
@@ -473,7 +474,7 @@ class _Connection:
         if self.end is not None:
             return
         if flags.is_disconnect_packet_from_server and reason.value == SESSION_TAKEN_OVER:
-            self.end = _taken_over(str(reason))
+            self.end = _taken_over(self.client_id, str(reason))
         elif not self.accepted:
             self.end = _End(
                 "the connection closed before MQTT CONNECT was answered "
@@ -727,9 +728,9 @@ def reconnect_delay_s(attempt: int) -> float:
     return delay_s * random.uniform(0.5, 1.0)
 
 
-def _taken_over(evidence: str) -> _End:
+def _taken_over(client_id: str, evidence: str) -> _End:
     return _End(
-        f"another client connected with our id ({evidence})",
+        f"another client connected with our id, {client_id!r} ({evidence})",
         FaultKind.TAKEN_OVER,
         final=True,
         hint="stop the other process, or give this one another id",
@@ -926,7 +927,7 @@ class Link:
         self._halt(max(0.0, deadline - time.monotonic()) + CONNECT_TIMEOUT_S)
         if refusals:
             raise DeviceUnreachable(
-                f"{self.client_id}: broker {self.address} refused subscriptions:\n"
+                f"the broker {self.address} refused subscriptions:\n"
                 + "\n".join(f"  {line}" for line in refusals),
                 "let this user read these topics in the broker's access list",
             )
@@ -966,7 +967,7 @@ class Link:
     def _unreachable(self, cause: str) -> str:
         user = "anonymous" if self.address.username is None else f"user {self.address.username!r}"
         return (
-            f"{self.client_id}: cannot use the broker at {self.address.host} port "
+            f"cannot use the broker at {self.address.host} port "
             f"{self.address.port} as {user}: {cause}"
         )
 
@@ -1097,7 +1098,7 @@ class Link:
             if payload == self._claim:
                 connection.claim_checked = True
                 return True
-            connection.end = _taken_over("its claim is at " + self._claim_topic)
+            connection.end = _taken_over(self.client_id, f"its claim is at {self._claim_topic}")
             connection.disconnect()
             return False
         # An access list may keep the claim from us; then an eviction looks like any other loss.
