@@ -60,6 +60,7 @@ td:first-child { min-width: 8rem; }
 .budget { display: flex; align-items: center; gap: .5rem; white-space: nowrap; }
 .budget small:first-child { width: 4.6em; }
 .devices td:nth-child(-n+2) { white-space: nowrap; }
+summary { cursor: pointer; padding: .35rem 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.8rem; }
 .plots svg { display: block; width: 100%; height: auto; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; align-items: center; }

@@ -74,26 +74,39 @@ def drawn(state: State, known: Known, choice: Choice, lived: Sequence[Beside] = 
             "<p>The least that these can take, estimated from their shapes. They were not trained "
             "because they could not be better, because a stronger plan of their method was not "
             "accurate enough, or for want of time.</p>",
-            html_table(
-                ("plan", "latency", "sent", "energy", "given up because"),
-                [
-                    (
-                        point.name,
-                        f"{point.latency_ms:.3g} ms",
-                        format_bytes(round(point.sent_bytes)),
-                        _energy(point),
-                        point.hopeless or "-",
-                    )
-                    for point in _ordered(sketched, state)
-                ],
-            ),
+            *_untrained(_ordered(sketched, state)),
         ]
     if known.refused:
-        body += [
-            "<h2>Cannot be made</h2>",
-            html_table(("plan", "why"), [(each.name, why) for each, why in known.refused.items()]),
-        ]
+        rows = [(each.name, why) for each, why in known.refused.items()]
+        body += ["<h2>Cannot be made</h2>", _folded("plans", ("plan", "why"), rows)]
     return html_page(f"Shoal: plans for fleet {fleet.fleet}", "".join(body))
+
+
+def _untrained(points: Sequence[Point]) -> list[str]:
+    """A table for every reason to give plans up, those that may yet be taken first."""
+    reasons = sorted({point.hopeless or "" for point in points})
+    tables = []
+    for why in reasons:
+        rows = [
+            (
+                point.name,
+                f"{point.latency_ms:.3g} ms",
+                format_bytes(round(point.sent_bytes)),
+                _energy(point),
+            )
+            for point in points
+            if (point.hopeless or "") == why
+        ]
+        about = f"given up: {why}" if why else "that could still be trained"
+        tables.append(_folded(about, ("plan", "latency", "sent", "energy"), rows))
+    return tables
+
+
+def _folded(about: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that opens on a click."""
+    return (
+        f"<details><summary>{len(rows)} {escape(about)}</summary>{html_table(head, rows)}</details>"
+    )
 
 
 def _ordered(points: Sequence[Point], state: State) -> list[Point]:
