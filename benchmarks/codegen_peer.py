@@ -30,7 +30,7 @@ from benchmarks.record import ROOT, Row, circumstances, report
 from exporter.codegen import generate, write_piece
 from exporter.codegen.fixed_point import Multiplier
 from exporter.codegen.graph import Graph, Operator, Tensor, read_graph
-from exporter.codegen.layers import activation_range
+from exporter.codegen.steps import activation_range
 from firmware_tools.measure import Measured, measure_piece, target_board
 
 NAME = "codegen_peer"

@@ -21,8 +21,8 @@ from exporter.methods.ddnn.packed import Block as PackedBlock
 from exporter.methods.ddnn.packed import ConvP, Exit, Fc, unpack
 
 from .emit import GeneratedPiece, comment, constant_text, float_literal
-from .layers import Constant
 from .memory import Block, Plan, plan_memory
+from .steps import Constant
 
 KERNEL_FILES = ("shoal_binary.c", "shoal_binary.h", "shoal_piece.h")
 CHANNEL_BLOCK = 8

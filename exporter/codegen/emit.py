@@ -12,8 +12,9 @@ from pathlib import Path
 from agent.protocol.errors import DataError
 
 from .graph import Graph, read_graph
-from .layers import Constant, Lowered, Step, lower
+from .layers import lower
 from .memory import Block, Plan, plan_memory
+from .steps import Constant, Lowered, Step
 
 PACKED_MAGIC = b"SDB1"
 """What a packed block of a DDNN begins with (docs/packed_blocks.md)."""
