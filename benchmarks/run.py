@@ -28,6 +28,7 @@ from benchmarks import (
     fleet_soak,
     latency,
     lcp,
+    lcp_tables,
     measured_speedups,
     nonn,
     planned_fleets,
@@ -87,7 +88,7 @@ GROUPS = {
     "ddnn": Group((("ddnn",), ("ddnn_live",)), ddnn.draw),
     "lcp": Group(
         (("lcp", "counts"), ("lcp", "digits"), ("lcp", "train", *lcp.CASES)),
-        lcp.draw,
+        lcp_tables.draw,
     ),
     "nonn": Group(
         (
