@@ -79,8 +79,8 @@ COUNTS = (
         40,
         10,
         None,
-        "not printed; 4.0 times fewer parameters, but 1.9 times fewer MACs, not 2.5: the first "
-        "layer reads three channels in every branch and is two thirds of them",
+        "not printed; 4.0 times fewer parameters, but 1.9 times fewer MACs: the first layer reads "
+        "three channels in every branch and is two thirds of them; Shoal does not fatten it",
     ),
     Count("alexnetv2", 1, 0, 1000, 50_303_912, _ALEX),
     Count("alexnetv2", 8, 0, 1000, 6_317_480, _ALEX),
@@ -357,20 +357,33 @@ def teller(name: str, seed: int) -> Tell:
     return tell
 
 
-def residual_branches(widening: int, split: int, fatten: int, seed: int) -> Any:
-    """A wide ResNet of 10 layers cut into equal branches with fresh weights."""
+def branches_of(case: Case, seed: int) -> Any:
+    """Untrained branches; fattened ones and wide ResNets are cut as a user's network is."""
     from exporter.methods.lcp.capacity import Fit
     from exporter.methods.lcp.method import keeps_of, untrained
     from exporter.methods.lcp.options import LcpOptions
     from exporter.methods.lcp.split import BranchSpec, Splitter
+    from exporter.methods.lcp.zoo import paper_branches
+    from exporter.zoo.build import keras_model
     from exporter.zoo.wrn import group_widths, wide_resnet
 
-    whole = wide_resnet(10, group_widths(widening))
-    splitter = Splitter(whole, minimum_width=MINIMUM_WIDTH)
-    fit = Fit((BranchSpec(1 / split, 1 / split),) * split, 0)
-    keeps = keeps_of(splitter, fit, fatten / 100)
-    options = LcpOptions(fresh=True, seed=seed)
-    return untrained(splitter, keeps, splitter.merge, fleet_of(split), options)
+    share = 1 / case.split
+    if isinstance(case.network, int):
+        whole = wide_resnet(10, group_widths(case.network))
+        splitter = Splitter(whole, minimum_width=MINIMUM_WIDTH)
+        merge = splitter.merge
+    elif case.fatten:
+        layout = case.network.trunk(lambda width: width)
+        layout.dense("logits", layout.output.name, case.network.classes, relu=False)
+        splitter, merge = Splitter(keras_model(layout)), case.network.merge
+    else:
+        devices = [f"w{i}" for i in range(case.split)]
+        return paper_branches(case.network, devices)
+    fit = Fit((BranchSpec(share, share),) * case.split, 0)
+    keeps = keeps_of(splitter, fit, case.fatten / 100)
+    return untrained(
+        splitter, keeps, merge, fleet_of(case.split), LcpOptions(fresh=True, seed=seed)
+    )
 
 
 def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
@@ -386,7 +399,6 @@ def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
 
     from exporter.methods.lcp.method import loss_of
     from exporter.methods.lcp.options import LcpOptions
-    from exporter.methods.lcp.zoo import paper_branches
 
     case = CASES[name]
     with np.load(npz_path(case.data)) as archive:
@@ -396,12 +408,8 @@ def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
     training = Part(x[:-HELD_OUT], y[:-HELD_OUT])
     data = replace(data, train=training, held_out=Part(x[-HELD_OUT:], y[-HELD_OUT:]))
     keras.utils.set_random_seed(seed)
-    devices = [f"w{i}" for i in range(case.split)]
     options = replace(RECIPES[case.data], part_dropout=case.dropout, seed=seed)
-    if isinstance(case.network, int):
-        network = residual_branches(case.network, case.split, case.fatten, seed)
-    else:
-        network = paper_branches(case.network, devices, fatten=case.fatten / 100)
+    network = branches_of(case, seed)
     teacher = None
     if case.teach:
         whole, _, _ = taught(f"{name.partition('/')[0]}/1", seed, tell)
@@ -454,7 +462,8 @@ def trained(name: str, seed: int) -> dict[str, Any]:
     exported = pipeline.quantize(network.pieces(data, fleet), data, fleet, "int8", tell)
     settled = settle(network, "lcp", data, fleet, pipeline.runner(exported))
     figures = {key: figure.value for key, figure in settled.figures.items()}
-    if case.prune or isinstance(case.network, int):  # as exported: batch norm is folded away
+    cut = case.fatten or isinstance(case.network, int)
+    if case.prune or cut:  # as exported: batch norm is folded away
         costs = [piece_cost(layer_graph(model), Numbers.INT8) for model in network.models]
         params = sum(cost.parameters for cost in costs)
         macs = sum(cost.macs for cost in costs)
@@ -463,7 +472,6 @@ def trained(name: str, seed: int) -> dict[str, Any]:
         layout = split_counts(
             "cifarnet" if case.network is CIFARNET else case.network.name,
             case.split,
-            fatten=case.fatten / 100,
             classes=case.network.classes,
             merge=case.network.merge,
         )

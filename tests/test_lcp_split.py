@@ -111,6 +111,25 @@ def test_padded_residuals_keep_their_share_in_every_stage() -> None:
     assert widths == [4, 4, 4, 8, 8, 16, 16]
 
 
+def test_fattening_leaves_alone_what_reads_the_frame() -> None:
+    splitter = Splitter(small_vgg())
+    thin, fat = (splitter.keep(BranchSpec(0.5, 0.5, fatten), 0, 2) for fatten in (0.0, 0.5))
+    first, *others = thin
+    assert fat[first].sum() == thin[first].sum()
+    assert all(fat[name].sum() > thin[name].sum() for name in others)
+
+
+def test_narrow_branches_drop_less_out() -> None:
+    inputs = keras.Input((8,))
+    x = keras.layers.Dense(16, activation="relu", name="hidden")(inputs)
+    x = keras.layers.Dropout(0.4, name="dropout")(x)
+    base = keras.Model(inputs, keras.layers.Dense(3, name="logits")(x))
+    splitter = Splitter(base)
+    branch = splitter.branch(splitter.keep(BranchSpec(0.25, 0.25), 0, 4), "b", fresh=True)
+    assert branch.get_layer("dropout").rate == pytest.approx(0.1)
+    assert base.get_layer("dropout").rate == 0.4
+
+
 def test_merge_suits_the_network() -> None:
     assert Splitter(small_vgg()).merge is Fusion.SUM
     assert Splitter(small_lenet()).merge is Fusion.SUM

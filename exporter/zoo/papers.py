@@ -109,9 +109,8 @@ def _cifarnet_bn(net: Layout, w: Width) -> None:
     x = net.max_pool("pool1", net.batch_norm("norm1", x), 2, 2)
     x = net.batch_norm("norm2", net.conv("conv2", x, w(64), 5, padding="valid", relu=False))
     x = net.flatten("flatten", net.max_pool("pool2", x, 2, 2))
-    unheard = 0.3 * w(384) / 384  # a narrow branch has nothing to spare
-    x = net.dense("fc3", net.dropout("fc3_dropout", x, unheard), w(384))
-    net.dense("fc4", net.dropout("fc4_dropout", x, unheard), w(192))
+    x = net.dense("fc3", net.dropout("fc3_dropout", x, 0.3), w(384))
+    net.dense("fc4", net.dropout("fc4_dropout", x, 0.3), w(192))
 
 
 def _alexnet_v2(net: Layout, w: Width) -> None:

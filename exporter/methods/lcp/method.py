@@ -168,7 +168,9 @@ def fattenings(options: LcpOptions) -> list[float]:
 def keeps_of(splitter: Widths, fit: Fit, fatten: float) -> list[Keep]:
     """Which units each branch has."""
     count = len(fit.specs)
-    return [splitter.keep(spec.fattened(fatten), i, count) for i, spec in enumerate(fit.specs)]
+    return [
+        splitter.keep(replace(spec, fatten=fatten), i, count) for i, spec in enumerate(fit.specs)
+    ]
 
 
 def untrained(

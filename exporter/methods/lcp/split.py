@@ -36,14 +36,19 @@ class BranchSpec:
     Attributes:
         share: Of the channels of every layer.
         features: Of the channels that are sent; equal for all branches of a sum.
+        fatten: Share by which layers are wider again (0.1 = 10 %), never wider than the whole
+            network. Layers that read the frame are not: every branch repeats them, at full cost
+            (in the paper they are, and are most of what fattened branches calculate).
     """
 
     share: float
     features: float
+    fatten: float = 0.0
 
-    def fattened(self, by: float) -> BranchSpec:
-        """Wider by a share (0.1 = 10 %), never wider than the whole network."""
-        return BranchSpec(min(1.0, self.share * (1 + by)), min(1.0, self.features * (1 + by)))
+    def width(self, *, sent: bool, reads_frame: bool) -> float:
+        """Share of the channels of a layer."""
+        share = self.features if sent else self.share
+        return share if reads_frame else min(1.0, share * (1 + self.fatten))
 
 
 class Widths:
@@ -98,6 +103,12 @@ class Widths:
             group.name for group in self._groups if sent & set(self._ids(group).tolist())
         )
         makers = {p for g in self._groups if g.name in self._sent for p in g.producers}
+        made = sum(group.size for group in channels.groups)
+        self._read_frame = frozenset(
+            group.name
+            for group in self._groups
+            if all((channels.inputs_of(graph.layer(p)) >= made).all() for p in group.producers)
+        )
         dense = all(graph.layer(name).op == "Dense" for name in makers)
         self.merge = Fusion.SUM if makers and dense else Fusion.CONCAT
 
@@ -108,7 +119,12 @@ class Widths:
         """
         return {
             group.name: self._mask(
-                group, spec.features if group.name in self._sent else spec.share, position, count
+                group,
+                spec.width(
+                    sent=group.name in self._sent, reads_frame=group.name in self._read_frame
+                ),
+                position,
+                count,
             )
             for group in self._groups
         }
@@ -191,9 +207,12 @@ class Splitter(Widths):
         last = narrow.get_layer(self._last.name)
         trunk = remove_channels(keras.Model(narrow.input, last.input, name=name), {})
         trunk = keras.models.clone_model(trunk) if fresh else trunk
+        stay = np.concatenate(list(keep.values()))
         for layer in trunk.layers:
             if isinstance(layer, keras.layers.BatchNormalization):
                 layer.momentum = min(layer.momentum, QUICK_MOMENTUM)
+            elif isinstance(layer, keras.layers.Dropout):  # a narrow network has little to spare
+                layer.rate *= float(stay.mean())
         return trunk
 
     def head(self, keeps: Sequence[Keep], merge: Fusion, *, fresh: bool) -> keras.Model:
