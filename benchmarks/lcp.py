@@ -115,7 +115,8 @@ class Case:
         split: Branches.
         fatten: Percent.
         dropout: Chance that a branch is not heard in training.
-        teach: Share of the loss that is the scores of the whole network, trained before.
+        teach: Share of the loss that is the scores of the whole network, trained before; branches
+            begin with the weights of their channels.
         prune: Percent of the channels that the trained branches of the same case without it lose;
             they are then trained on as long again at half the rate.
         paper: Its accuracy in the paper, percent.
@@ -357,8 +358,14 @@ def teller(name: str, seed: int) -> Tell:
     return tell
 
 
-def branches_of(case: Case, seed: int) -> Any:
-    """Untrained branches; fattened ones and wide ResNets are cut as a user's network is."""
+def branches_of(case: Case, seed: int, trained: Any = None) -> Any:
+    """Branches to be trained; fattened ones and wide ResNets are cut as a user's network is.
+
+    Args:
+        case: What to split.
+        seed: Of fresh weights.
+        trained: The whole network's models; each branch begins with the weights of its channels.
+    """
     from exporter.methods.lcp.capacity import Fit
     from exporter.methods.lcp.method import keeps_of, untrained
     from exporter.methods.lcp.options import LcpOptions
@@ -369,21 +376,21 @@ def branches_of(case: Case, seed: int) -> Any:
 
     share = 1 / case.split
     if isinstance(case.network, int):
-        whole = wide_resnet(10, group_widths(case.network))
-        splitter = Splitter(whole, minimum_width=MINIMUM_WIDTH)
-        merge = splitter.merge
+        whole, least, merge = wide_resnet(10, group_widths(case.network)), MINIMUM_WIDTH, None
     elif case.fatten:
         layout = case.network.trunk(lambda width: width)
         layout.dense("logits", layout.output.name, case.network.classes, relu=False)
-        splitter, merge = Splitter(keras_model(layout)), case.network.merge
+        whole, least, merge = keras_model(layout), 1, case.network.merge
     else:
         devices = [f"w{i}" for i in range(case.split)]
         return paper_branches(case.network, devices)
+    if trained is not None:
+        whole.set_weights([weight for model in trained for weight in model.get_weights()])
+    splitter = Splitter(whole, minimum_width=least)
     fit = Fit((BranchSpec(share, share),) * case.split, 0)
     keeps = keeps_of(splitter, fit, case.fatten / 100)
-    return untrained(
-        splitter, keeps, merge, fleet_of(case.split), LcpOptions(fresh=True, seed=seed)
-    )
+    options = LcpOptions(fresh=trained is None, seed=seed)
+    return untrained(splitter, keeps, merge or splitter.merge, fleet_of(case.split), options)
 
 
 def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
@@ -409,11 +416,11 @@ def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
     data = replace(data, train=training, held_out=Part(x[-HELD_OUT:], y[-HELD_OUT:]))
     keras.utils.set_random_seed(seed)
     options = replace(RECIPES[case.data], part_dropout=case.dropout, seed=seed)
-    network = branches_of(case, seed)
-    teacher = None
+    trained = teacher = None
     if case.teach:
-        whole, _, _ = taught(f"{name.partition('/')[0]}/1", seed, tell)
-        teacher = keras.Sequential(whole.models)
+        trained = taught(f"{name.partition('/')[0]}/1", seed, tell)[0].models
+        teacher = keras.Sequential(trained)
+    network = branches_of(case, seed, trained)
 
     def run(taken: Any, how: TrainOptions, about: str) -> float | None:
         return train(

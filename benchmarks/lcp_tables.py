@@ -30,9 +30,9 @@ def draw() -> str:
             "",
             "The paper's networks. Accuracy on all test images in percent, mean +- deviation "
             "(seeds), trained from the labels; fattened branches of CifarNet and the wide ResNet "
-            "also from the whole network's scores, as `shoal export` does. *p40*: 40 % of the "
-            "channels of every trained branch pruned, then trained on as long again. *3.13*: "
-            "16-bit fixed point, emulated. "
+            "from the weights of their channels on, with the whole network as a teacher, as "
+            "`shoal export` does. *p40*: 40 % of the channels of every trained branch pruned, then "
+            "trained on as long again. *3.13*: 16-bit fixed point, emulated. "
             "*One lost*: the worst branch missing. *Sent*: payloads of all branches.",
             "",
             "| network | split | parameters | MACs | epochs | float | int8 fleet | 3.13 | "
