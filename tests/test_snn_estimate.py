@@ -7,7 +7,7 @@ from agent.protocol.errors import DataError
 from agent.protocol.plan import AnswerRule
 from agent.protocol.scores import answer, outcome_probabilities, softmax
 from benchmarks.paper_estimate import gathered_answers, own_class_probabilities
-from exporter.methods.snn.candidates import Pruning, Scorers, SubsetSearch
+from exporter.methods.snn.candidates import SMALL_MACS, Pruning, Scorers, SubsetSearch
 from exporter.methods.snn.estimate import LEAST_FLATTENING, OutcomeEstimator, flattening
 from exporter.methods.snn.options import SnnOptions
 from exporter.methods.snn.partition import enumerate_partitions
@@ -114,6 +114,19 @@ def search(tmp_path_factory):
     pruning = PruneOptions(target_ratio=0.5, step=0.4, refinements=0)
     work = Pruning(profile, pruning, features)
     return SubsetSearch(work, options, lambda what, done, total: None), labels[200:]
+
+
+def test_only_work_that_is_worth_it_goes_to_other_processes(search, tmp_path):
+    found, _ = search
+
+    def processes(workers, share):
+        options = SnnOptions(workers=workers, cache=tmp_path)
+        passes = int(share * SMALL_MACS / found.work.profile.cost.macs)
+        return SubsetSearch(found.work, options, found.progress).workers_for(passes).processes
+
+    assert processes(0, 0.9) == 1
+    assert processes(0, 1.1) is None  # one a processor
+    assert processes(2, 0.1) == 2  # what was asked for stays
 
 
 def test_search_estimates_from_base_and_flattening_without_pruning_the_candidate(search):
