@@ -118,7 +118,7 @@ class Case:
         teach: Share of the loss that is the scores of the whole network, trained before; branches
             begin with the weights of their channels.
         prune: Percent of the channels that the trained branches of the same case without it lose;
-            they are then trained on as long again at half the rate.
+            they are then trained as long again.
         paper: Its accuracy in the paper, percent.
     """
 
@@ -442,7 +442,7 @@ def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
     if case.prune:
         some = data.inputs(data.train.take(spread(len(data.train))).frames)
         network = pruned(network, case.prune / 100, some)
-        validation = run(network, replace(options, rate=options.rate / 2), name)
+        validation = run(network, options, name)
     return network, data, validation
 
 

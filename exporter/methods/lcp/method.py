@@ -127,9 +127,8 @@ class LCP:
             best = pruned(
                 best, options.prune, data.inputs(training.take(spread(len(training))).frames)
             )
-            slower = replace(options.training, rate=options.training.rate / 2)
             what = f"{options.prune * 100:.0f} % pruned"
-            reached = trained(best, what, slower)
+            reached = trained(best, what, options.training)
             steps.append(Step(what, _costs(best), reached))
         return Design(
             pieces=best.pieces(data, fleet),

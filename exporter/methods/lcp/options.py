@@ -33,7 +33,7 @@ class LcpOptions:
         prune: Share of the channels of every layer that trained branches lose; they are then
             trained on.
         fixed_point: Also measure the trained branches in emulated 3.13 fixed point.
-        training: How each step is trained, and pruned branches at half the rate.
+        training: How each step is trained, and pruned branches again.
         validation_share: Of the held-out data, how much tells accuracies; the rest is trained on.
         cache: Where trainings are kept; None: nowhere.
         seed: Of everything random.
