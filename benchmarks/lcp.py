@@ -25,12 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.datasets import ROOT, npz_path
-from benchmarks.record import (
-    RESULTS,
-    circumstances,
-    load,
-    save,
-)
+from benchmarks.record import RESULTS, circumstances, load, save
 from exporter.methods.lcp.communication import lcp_traffic, model_parallel_traffic
 from exporter.methods.lcp.counts import split_counts
 from exporter.training import Checkpoint, TrainOptions, train
@@ -425,9 +420,7 @@ def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
     def run(taken: Any, how: TrainOptions, about: str) -> float | None:
         return train(
             taken.models,
-            taken.label_loss(how)
-            if teacher is None
-            else loss_of(taken, teacher, LcpOptions(teach=case.teach, training=how)),
+            loss_of(taken, teacher, LcpOptions(teach=case.teach, training=how)),
             data.train,
             data.inputs,
             how,

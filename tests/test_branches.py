@@ -15,7 +15,7 @@ from agent.fuse import fuse_tensors
 from agent.protocol.errors import DataError
 from agent.protocol.plan import Fusion
 from exporter.methods.branches import Branch, BranchNetwork, merged, pruned
-from exporter.training import TrainOptions
+from exporter.training import cross_entropy
 
 
 def branch(i: int, width: int) -> Branch:
@@ -68,14 +68,14 @@ def test_training_sees_a_lost_branch_as_the_fleet_does(merge, widths) -> None:
 
 def test_loss_reaches_every_branch_that_is_heard() -> None:
     net = network(*CASES[1])
-    loss = net.label_loss(TrainOptions())
     x = tf.constant(np.random.default_rng(0).normal(size=(9, 6, 6, 1)).astype(np.float32))
     heard = np.ones((9, 3), np.float32)
     heard[:, 1] = 0
     kernels = [b.model.trainable_variables[0].value for b in net.branches]
 
     with tf.GradientTape() as tape:
-        value = loss(x, tf.zeros(9, tf.int64), tf.constant(heard))
+        said = net.forward(x, tf.constant(heard), training=True)
+        value = cross_entropy(said.logits, tf.zeros(9, tf.int64))
     gradients = tape.gradient(value, kernels)
 
     assert [bool(np.any(g)) for g in gradients] == [True, False, True]

@@ -111,12 +111,24 @@ def test_padded_residuals_keep_their_share_in_every_stage() -> None:
     assert widths == [4, 4, 4, 8, 8, 16, 16]
 
 
-def test_fattening_leaves_alone_what_reads_the_frame() -> None:
+def test_fattening_leaves_convolutions_of_the_frame_alone() -> None:
     splitter = Splitter(small_vgg())
     thin, fat = (splitter.keep(BranchSpec(0.5, 0.5, fatten), 0, 2) for fatten in (0.0, 0.5))
     first, *others = thin
     assert fat[first].sum() == thin[first].sum()
     assert all(fat[name].sum() > thin[name].sum() for name in others)
+
+
+@pytest.mark.parametrize("convolution", [True, False])
+def test_fattening_always_widens_something(convolution: bool) -> None:
+    inputs = keras.Input((8, 8, 1))
+    x = keras.layers.Conv2D(16, 3, activation="relu")(inputs) if convolution else inputs
+    x = keras.layers.Flatten()(x)
+    x = x if convolution else keras.layers.Dense(16, activation="relu")(x)
+    splitter = Splitter(keras.Model(inputs, keras.layers.Dense(3, name="logits")(x)))
+    thin, fat = (splitter.keep(BranchSpec(0.5, 0.5, fatten), 0, 2) for fatten in (0.0, 0.5))
+    assert [mask.sum() for mask in thin.values()] == [8]
+    assert [mask.sum() for mask in fat.values()] == [12]
 
 
 def test_narrow_branches_drop_less_out() -> None:

@@ -21,7 +21,6 @@ from .steps import (
     check_sizes,
     comment,
     fused_range,
-    int8_tensor,
     struct_constant,
     table_constant,
 )
@@ -206,8 +205,7 @@ def _convolution(
     more: str,
 ) -> Step:
     """A convolution of any kind. data: (out channels, kh, kw, channels of a group)."""
-    x = int8_tensor(context.tensor(operator, 0))
-    output = int8_tensor(context.output(operator))
+    x, output = context.int8_ends(operator)
     count, kernel_height, kernel_width, group_channels = data.shape
     in_channels = groups * group_channels
     reach = max(127 - x.zero_point, 128 + x.zero_point)
@@ -310,7 +308,7 @@ def _halves(weights: NDArray[np.int8]) -> NDArray[np.int8]:
 
 def lower_conv_2d(context: Context, operator: Operator) -> Step:
     """CONV_2D, grouped ones too."""
-    x, output = int8_tensor(context.tensor(operator, 0)), int8_tensor(context.output(operator))
+    x, output = context.int8_ends(operator)
     weights, data = _weights(context, operator)
     if data.ndim != 4 or len(x.shape) != 4:
         raise Unsupported("its input or weights do not have four axes")
@@ -330,7 +328,7 @@ def lower_conv_2d(context: Context, operator: Operator) -> Step:
 
 def lower_depthwise(context: Context, operator: Operator) -> Step:
     """DEPTHWISE_CONV_2D."""
-    x, output = int8_tensor(context.tensor(operator, 0)), int8_tensor(context.output(operator))
+    x, output = context.int8_ends(operator)
     weights, data = _weights(context, operator)
     if data.ndim != 4 or len(x.shape) != 4 or data.shape[0] != 1:
         raise Unsupported("its input or weights do not have four axes")
@@ -407,7 +405,7 @@ def lower_depthwise(context: Context, operator: Operator) -> Step:
 
 def lower_fully_connected(context: Context, operator: Operator) -> Step:
     """FULLY_CONNECTED: a convolution of one pixel."""
-    x, output = int8_tensor(context.tensor(operator, 0)), int8_tensor(context.output(operator))
+    x, output = context.int8_ends(operator)
     weights, data = _weights(context, operator)
     if data.ndim != 2 or x.size % data.shape[1]:
         raise Unsupported(f"weights {data.shape} do not fit an input of {x.size}")

@@ -173,7 +173,7 @@ def lower_activation(name: str) -> Callable[[Context, Operator], Step]:
     """A ReLU of its own, as a table of 256 values."""
 
     def lowering(context: Context, operator: Operator) -> Step:
-        x, output = int8_tensor(context.tensor(operator, 0)), int8_tensor(context.output(operator))
+        x, output = context.int8_ends(operator)
         low, high = activation_range(name, output)
         table = requantized_table(
             x.scale / output.scale, x.zero_point, output.zero_point, low, high
@@ -185,7 +185,7 @@ def lower_activation(name: str) -> Callable[[Context, Operator], Step]:
 
 def lower_logistic(context: Context, operator: Operator) -> Step:
     """LOGISTIC, as a table of 256 values."""
-    x, output = int8_tensor(context.tensor(operator, 0)), int8_tensor(context.output(operator))
+    x, output = context.int8_ends(operator)
     if output.zero_point != -128 or output.scale != 1 / 256:
         raise Unsupported("its output does not count 1/256 from -128", "convert the model again")
     return _looked_up(context, operator, x, output, logistic_table(x.scale, x.zero_point))
@@ -214,7 +214,7 @@ def lower_dequantize(context: Context, operator: Operator) -> Step:
 
 def lower_softmax(context: Context, operator: Operator) -> Step:
     """SOFTMAX, with a table of exponentials."""
-    x, output = int8_tensor(context.tensor(operator, 0)), int8_tensor(context.output(operator))
+    x, output = context.int8_ends(operator)
     if output.zero_point != -128 or output.scale != 1 / 256:
         raise Unsupported("its output does not count 1/256 from -128", "convert the model again")
     table = exponential_table(x.scale, float(operator.options["beta"]))

@@ -29,7 +29,7 @@ def lower_pool(kernel: str) -> Callable[[Context, Operator], Step]:
     """MAX_POOL_2D or AVERAGE_POOL_2D."""
 
     def lowering(context: Context, operator: Operator) -> Step:
-        x, output = int8_tensor(context.tensor(operator, 0)), int8_tensor(context.output(operator))
+        x, output = context.int8_ends(operator)
         window = int(operator.options["filterHeight"]), int(operator.options["filterWidth"])
         rows, columns = windows_of(operator, x, output, window)
         low, high = fused_range(operator, output)
@@ -64,7 +64,7 @@ def lower_pool(kernel: str) -> Callable[[Context, Operator], Step]:
 
 def lower_mean(context: Context, operator: Operator) -> Step:
     """MEAN over neighbouring axes."""
-    x, output = int8_tensor(context.tensor(operator, 0)), int8_tensor(context.output(operator))
+    x, output = context.int8_ends(operator)
     axes_of = context.needed(operator, 1).data
     assert axes_of is not None
     axes = sorted({int(a) % len(x.shape) for a in np.atleast_1d(axes_of)})
@@ -99,7 +99,7 @@ def lower_mean(context: Context, operator: Operator) -> Step:
 
 def lower_pad(context: Context, operator: Operator) -> Step:
     """PAD and PADV2."""
-    x, output = int8_tensor(context.tensor(operator, 0)), int8_tensor(context.output(operator))
+    x, output = context.int8_ends(operator)
     paddings = context.needed(operator, 1).data
     assert paddings is not None
     missing = 4 - len(x.shape)
@@ -128,7 +128,7 @@ def lower_pad(context: Context, operator: Operator) -> Step:
 
 def lower_slice(context: Context, operator: Operator) -> Step:
     """SLICE."""
-    x, output = int8_tensor(context.tensor(operator, 0)), int8_tensor(context.output(operator))
+    x, output = context.int8_ends(operator)
     begin = context.needed(operator, 1).data
     assert begin is not None
     size = four_axes(x.shape)

@@ -110,6 +110,10 @@ class Context:
         """Its output."""
         return self.graph.tensors[operator.outputs[0]]
 
+    def int8_ends(self, operator: Operator) -> tuple[Tensor, Tensor]:
+        """Its first input and its output. Raises Unsupported unless both are int8."""
+        return int8_tensor(self.tensor(operator, 0)), int8_tensor(self.output(operator))
+
     def constant(self, operator: Operator, number: int) -> Tensor | None:
         """An optional constant; None where it is left out."""
         if len(operator.inputs) <= number or operator.inputs[number] < 0:

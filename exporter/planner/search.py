@@ -132,12 +132,7 @@ def search(
         return map_cached(work, task, wave, keyed, cache=cache, workers=workers)
 
     kept = [cache.read(key(candidate)) for candidate in state.space(fleet)]
-    # Without the model's accuracy nothing is far from accurate enough.
-    glanced = {
-        candidate.method
-        for candidate in state.space(fleet)
-        if state.wish.reference is not None and glance_epochs(task, candidate) is not None
-    }
+    glanced = _glanced(task, state)
     outcomes = [outcome_of(result) for result in kept if result is not None]
     glances: list[Glance] = []
     fresh = 0
@@ -172,6 +167,14 @@ def search(
             results = reckoned(evaluate, wave, key)
             outcomes += map(outcome_of, results)
             fresh += len(results)
+
+
+def _glanced(task: Task, state: State) -> set[str]:
+    """Methods that have short trainings; without the model's accuracy nothing tells a bad one."""
+    if state.wish.reference is None:
+        return set()
+    space = state.space(state.fleet)
+    return {x.method for x in space if glance_epochs(task, x) is not None}
 
 
 def begin(task: Task, wish: Wish, fixed: Mapping[str, Mapping[str, Setting]]) -> State:

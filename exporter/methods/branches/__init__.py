@@ -20,7 +20,7 @@ How a method uses it:
    layer is named by hand. Two networks may share no layer.
 2. Train: `exporter.training.train(network.models, loss, data.train, data.inputs, options,
    parts=len(network.branches), score=network.logits, validation=data.held_out, ...)` with a loss
-   such as `network.label_loss(options)`, or one of the method's own:
+   of the method's own:
 
        def loss(x, labels, heard):
            said = network.forward(x, heard, training=True)

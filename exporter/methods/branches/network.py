@@ -15,7 +15,6 @@ from agent.protocol.messages import Header, MessageKind, TensorPart, encode
 from agent.protocol.plan import Fusion
 from exporter.data import DataSet
 from exporter.quantize import CALIBRATION_SAMPLES
-from exporter.training import Loss, TrainOptions, cross_entropy
 
 from ..face import TrainedPiece
 
@@ -130,15 +129,6 @@ class BranchNetwork:
             kept.append(value * mask)
         together = tf.add_n(kept) if self.merge is Fusion.SUM else tf.concat(kept, axis=-1)
         return Said(features, together, self.head(together, training=training))
-
-    def label_loss(self, options: TrainOptions) -> Loss:
-        """Cross-entropy of the merged network and the labels."""
-
-        def loss(x: Any, labels: Any, heard: Any) -> Any:
-            said = self.forward(x, heard, training=True)
-            return cross_entropy(said.logits, labels, options.smoothing)
-
-        return loss
 
     def features(self, x: Floats) -> list[Floats]:
         """Of each branch, (N, ...) float32, for model inputs (N, ...) in inference."""

@@ -37,7 +37,7 @@ class BranchSpec:
         share: Of the channels of every layer.
         features: Of the channels that are sent; equal for all branches of a sum.
         fatten: Share by which layers are wider again (0.1 = 10 %), never wider than the whole
-            network. Layers that read the frame are not: every branch repeats them, at full cost
+            network. Convolutions of the frame are not: every branch repeats them, at full cost
             (in the paper they are, and are most of what fattened branches calculate).
     """
 
@@ -45,10 +45,10 @@ class BranchSpec:
     features: float
     fatten: float = 0.0
 
-    def width(self, *, sent: bool, reads_frame: bool) -> float:
-        """Share of the channels of a layer."""
+    def width(self, *, sent: bool, fixed: bool) -> float:
+        """Share of the channels of a layer; `fixed`: it is not fattened."""
         share = self.features if sent else self.share
-        return share if reads_frame else min(1.0, share * (1 + self.fatten))
+        return share if fixed else min(1.0, share * (1 + self.fatten))
 
 
 class Widths:
@@ -104,11 +104,13 @@ class Widths:
         )
         makers = {p for g in self._groups if g.name in self._sent for p in g.producers}
         made = sum(group.size for group in channels.groups)
-        self._read_frame = frozenset(
-            group.name
-            for group in self._groups
-            if all((channels.inputs_of(graph.layer(p)) >= made).all() for p in group.producers)
-        )
+
+        def reads_frame(name: str) -> bool:
+            layer = graph.layer(name)
+            return layer.op != "Dense" and bool((channels.inputs_of(layer) >= made).all())
+
+        fixed = {group.name for group in self._groups if all(map(reads_frame, group.producers))}
+        self._fixed = fixed if len(fixed) < len(self._groups) else set()
         dense = all(graph.layer(name).op == "Dense" for name in makers)
         self.merge = Fusion.SUM if makers and dense else Fusion.CONCAT
 
@@ -120,9 +122,7 @@ class Widths:
         return {
             group.name: self._mask(
                 group,
-                spec.width(
-                    sent=group.name in self._sent, reads_frame=group.name in self._read_frame
-                ),
+                spec.width(sent=group.name in self._sent, fixed=group.name in self._fixed),
                 position,
                 count,
             )
