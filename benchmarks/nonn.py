@@ -4,6 +4,7 @@
     python -m benchmarks.nonn heads [--taught N]                  # minutes; needs the shared data
     python -m benchmarks.nonn filters                             # minutes; needs the shared data
     python -m benchmarks.nonn recipe digits [--seeds N]           # minutes
+    python -m benchmarks.nonn recipe resnet56_cifar10_brief --seeds 1  # 2 hours: 12 epochs
     python -m benchmarks.nonn recipe resnet56_cifar10 [--seeds N] # days on a CPU: take a GPU
     python -m benchmarks.nonn recipe wrn40_4_cifar10 [--seeds N]  # the paper's; a GPU
 
@@ -386,29 +387,35 @@ class Recipe:
         ratio: Parameters of the teacher for one of each student's, at least.
         depth: Of the students, WRNs.
         training: Options of `TrainOptions`.
+        variants: Of VARIANTS, those that are taught; None: all.
     """
 
     teacher: Callable[[], tuple[Any, Any]]
     ratio: float
     depth: int
     training: Mapping[str, Any]
+    variants: tuple[str, ...] | None = None
 
 
 AT_LENGTH = {
     "epochs": 200, "optimizer": "sgd", "rate": 0.1, "decay": 5e-4, "crop_pixels": 4, "flip": True
 }  # fmt: skip
+TOLERANT, ALONE = "two students, student dropout 0.2", "one student alone, distilled"
 RECIPES = {
     "digits": Recipe(digits, 20, 10, {"epochs": 40, "batch": 64, "rate": 5e-3}),
+    "resnet56_cifar10_brief": Recipe(
+        resnet56, 5, 16, {**AT_LENGTH, "epochs": 12, "warm_up": 0.1}, (TOLERANT, ALONE)
+    ),
     "resnet56_cifar10": Recipe(resnet56, 10, 16, AT_LENGTH),
     "wrn40_4_cifar10": Recipe(wrn40_4, 50, 16, AT_LENGTH),
 }
 VARIANTS = {
     "two students": (2, 100.0, 0.0, 1),
-    "two students, student dropout 0.2": (2, 100.0, 0.2, 1),
+    TOLERANT: (2, 100.0, 0.2, 1),
     "two students, student dropout 0.4": (2, 100.0, 0.4, 1),
     "two students, larger (ratio 10 for 20), student dropout 0.4": (2, 100.0, 0.4, 2),
     "two students, the paper's loss": (2, 1e4, 0.0, 1),
-    "one student alone, distilled": (1, 0.0, 0.0, 1),
+    ALONE: (1, 0.0, 0.0, 1),
 }
 """Students, weight of the activations, chance that a student is not heard, and
 what the recipe's ratio is divided by: how many times the parameters a student may have."""
@@ -618,7 +625,7 @@ def _recipe_table(name: str, chosen: Recipe, runs: dict[str, Any]) -> list[str]:
         )
     ours, alone = (
         np.mean([run["accuracy_int8"] for key, run in runs.items() if key.rpartition(" #")[0] == v])
-        for v in ("two students, student dropout 0.2", "one student alone, distilled")
+        for v in (TOLERANT, ALONE)
     )
     return [
         *lines,
@@ -649,7 +656,7 @@ def main() -> None:
         name = f"recipe {arguments.recipe}"
         runs = read().get(name, {}).get("runs", {})
         for seed in range(arguments.seeds):
-            for variant in VARIANTS:
+            for variant in RECIPES[arguments.recipe].variants or VARIANTS:
                 if (key := f"{variant} #{seed}") in runs:
                     continue
                 runs[key] = recipe(arguments.recipe, variant, seed)
