@@ -384,6 +384,21 @@ def _options(default: str) -> list[Callable[[F], F]]:
         ),
         _of("lcp nonn edgent", "--flip", is_flag=True, help="Mirror half of the training images."),
         _of(
+            "lcp nonn edgent",
+            "--batch",
+            default=128,
+            show_default=True,
+            metavar="SAMPLES",
+            type=click.IntRange(2),
+            help="Samples of a training step; fewer take less memory.",
+        ),
+        _of(
+            "lcp nonn edgent",
+            "--rate",
+            type=click.FloatRange(0, min_open=True),
+            help="Peak learning rate. Default: 0.001, 0.002, 0.001 in this order.",
+        ),
+        _of(
             "nonn",
             "--students",
             default="auto",
@@ -420,14 +435,6 @@ def _options(default: str) -> list[Callable[[F], F]]:
             show_default=True,
             type=click.FloatRange(0),
             help="How much the model's activations count beside its answers (paper: 10000).",
-        ),
-        _of(
-            "nonn",
-            "--rate",
-            default=2e-3,
-            show_default=True,
-            type=click.FloatRange(0, min_open=True),
-            help="Peak learning rate.",
         ),
         _of(
             "edgent",
@@ -633,6 +640,8 @@ def _lcp_options(chosen: dict[str, Any]) -> Any:
         fixed_point=chosen["fixed_point"],
         training=TrainOptions(
             epochs=chosen["epochs"] or 30,
+            batch=chosen["batch"],
+            rate=chosen["rate"] or 1e-3,
             decay=1e-4,
             crop_pixels=chosen["shift"],
             flip=chosen["flip"],
@@ -662,7 +671,8 @@ def _nonn_options(chosen: dict[str, Any]) -> Any:
         loss=LossOptions(beta=chosen["beta"]),
         training=TrainOptions(
             epochs=chosen["epochs"] or 60,
-            rate=chosen["rate"],
+            batch=chosen["batch"],
+            rate=chosen["rate"] or 2e-3,
             crop_pixels=chosen["shift"],
             flip=chosen["flip"],
             part_dropout=0.2 if dropout is None else dropout,
@@ -694,6 +704,8 @@ def _edgent_options(chosen: dict[str, Any]) -> Any:
         shares=tuple(sorted(given)) if given else EdgentOptions().shares,
         training=TrainOptions(
             epochs=chosen["epochs"] or 20,
+            batch=chosen["batch"],
+            rate=chosen["rate"] or 1e-3,
             decay=1e-4,
             crop_pixels=chosen["shift"],
             flip=chosen["flip"],

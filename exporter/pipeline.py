@@ -29,6 +29,7 @@ from exporter.cost import (
 )
 from exporter.data import DataSet, Split, load_data
 from exporter.graph import layer_graph
+from exporter.inference import run_model, share_right
 from exporter.methods.ddnn.method import DDNNMethod
 from exporter.methods.edgent.method import Edgent
 from exporter.methods.face import (
@@ -223,7 +224,7 @@ def in_float(
         own = pieces[piece]
         if isinstance(own, WrittenPiece):
             return real_outputs(own.tflite, inputs, "litert", output or own.output)
-        return np.asarray(own.model.predict(inputs, batch_size=256, verbose=0), np.float32)
+        return run_model(own.model, inputs)
 
     seen = replace(data, test=split, held_out=split)
     return design, METHODS[method].settle(design, seen, fleet, options, run)
@@ -475,7 +476,7 @@ def _matched(base: keras.Model, data: DataSet) -> DataSet:
         # Meant as they are or as 0..1: the model itself tells which it was trained on.
         candidates.append(data.preprocessed((1.0,), (0.0,)))
     sample = data.held_out.take(np.arange(min(len(data.held_out), 500)))
-    scores = [_accuracy(base, x.inputs(sample.frames), sample.labels) for x in candidates]
+    scores = [share_right(base, x.inputs(sample.frames), sample.labels) for x in candidates]
     best = int(np.argmax(scores))
     if scores[best] <= 1 / len(data.classes):
         raise DataError(
@@ -485,11 +486,6 @@ def _matched(base: keras.Model, data: DataSet) -> DataSet:
             ".npz of float32 is taken as it is",
         )
     return candidates[best]
-
-
-def _accuracy(model: keras.Model, inputs: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    logits = model.predict(inputs, batch_size=256, verbose=0)
-    return float(np.mean(logits.argmax(1) == labels))
 
 
 def _costs(
@@ -716,7 +712,7 @@ def measure_base(
 
     return {
         "accuracy_base_float": measured(
-            _accuracy(whole, inputs, labels), "share", "undivided model, float32, test data"
+            share_right(whole, inputs, labels), "share", "undivided model, float32, test data"
         ),
         "accuracy_base": measured(accuracy, "share", f"undivided model, {dtype}, test data"),
         "parameters_base": Figure(

@@ -12,8 +12,8 @@ import pytest
 from keras import layers
 
 from agent.protocol.errors import DataError
+from exporter.inference import run_model
 from exporter.methods.snn.compensate import CompensateOptions, compensate
-from exporter.methods.snn.masked import forward
 from exporter.methods.snn.profile import make_profile
 from exporter.methods.snn.prune import Criterion, PrunedSnn, PruneOptions, Rows, build, prune
 from exporter.surgery import channels_of
@@ -54,21 +54,21 @@ def test_compensation_lowers_the_error_of_every_layer_and_restores_accuracy(base
     assert all(after < before for before, after in found.errors.values())
     own = np.isin(Y[HELD], CLASSES)
     x, y = X[HELD][own], Y[HELD][own]
-    before = (forward(small, x).argmax(axis=1) == y).mean()
-    after = (forward(found.model, x).argmax(axis=1) == y).mean()
+    before = (run_model(small, x).argmax(axis=1) == y).mean()
+    after = (run_model(found.model, x).argmax(axis=1) == y).mean()
     assert after > before + 0.05
 
 
 def test_compensation_changes_neither_base_nor_pruned_network(base, pruned):
     small = build(base, pruned)
     before = [w.copy() for w in [*base.get_weights(), *small.get_weights()]]
-    said = forward(base, X[:20])
+    said = run_model(base, X[:20])
 
     found = compensate(base, small, pruned, X[:300])
 
     after = [*base.get_weights(), *small.get_weights()]
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    np.testing.assert_array_equal(forward(base, X[:20]), said)
+    np.testing.assert_array_equal(run_model(base, X[:20]), said)
     assert [w.shape for w in found.model.get_weights()] == [w.shape for w in small.get_weights()]
 
 
@@ -78,7 +78,7 @@ def test_reported_errors_are_those_of_the_networks(base, pruned):
 
     found = compensate(base, small, pruned, X[:300], options=options)
 
-    expected = np.square(forward(found.model, X[:300]) - forward(base, X[:300])).mean()
+    expected = np.square(run_model(found.model, X[:300]) - run_model(base, X[:300])).mean()
     assert found.errors["logits"][1] == pytest.approx(expected, rel=1e-3)
 
 
@@ -100,7 +100,7 @@ def test_units_that_do_the_work_of_others_are_compensated_exactly():
     options = CompensateOptions(ridge=1e-9)
     found = compensate(model, build(model, pruned), pruned, frames, options=options)
 
-    np.testing.assert_allclose(forward(found.model, frames), forward(model, frames), atol=1e-3)
+    np.testing.assert_allclose(run_model(found.model, frames), run_model(model, frames), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_every_kind_of_wiring_comes_closer_to_the_original(network):
 
     found = compensate(model, small, pruned, frames)
 
-    original = forward(model, frames)
-    before = np.square(forward(small, frames) - original).mean()
-    after = np.square(forward(found.model, frames) - original).mean()
+    original = run_model(model, frames)
+    before = np.square(run_model(small, frames) - original).mean()
+    after = np.square(run_model(found.model, frames) - original).mean()
     assert after < 0.7 * before
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from agent.protocol.errors import DataError
 from agent.protocol.scores import answer, outcome_probabilities
+from exporter.inference import run_model
 from exporter.methods.snn.distill import DistillOptions, base_logits, distill
-from exporter.methods.snn.masked import forward
 from exporter.methods.snn.profile import BaseProfile, make_profile
 from exporter.methods.snn.prune import PruneOptions, Rows, build, prune
 from tests.test_snn_prune import HELD, TRAINED, X, Y, digits_base
@@ -50,8 +50,8 @@ def test_distilled_network_has_a_rest_row_and_recovers_accuracy(base, profile):
     assert found.rows == (1, 4, 6, "rest")
     assert found.model.output_shape == (None, 4)
     assert found.losses[-1] < found.losses[0]
-    before = outcome_accuracy(forward(small, X), pruned.rule(1.0))
-    after = outcome_accuracy(forward(found.model, X), found.rule(1.0))
+    before = outcome_accuracy(run_model(small, X), pruned.rule(1.0))
+    after = outcome_accuracy(run_model(found.model, X), found.rule(1.0))
     assert after > before + 0.01
 
 
@@ -61,8 +61,8 @@ def test_rest_row_starts_as_the_log_sum_of_foreign_rows(base, profile):
 
     found = distill(base, build(base, pruned), pruned, X[TRAINED], options=options)
 
-    frozen = outcome_probabilities(forward(found.model, X[HELD]), found.rule(1.0))
-    wanted = outcome_probabilities(forward(base, X[HELD]), pruned.rule(1.0))
+    frozen = outcome_probabilities(run_model(found.model, X[HELD]), found.rule(1.0))
+    wanted = outcome_probabilities(run_model(base, X[HELD]), pruned.rule(1.0))
     assert (frozen.argmax(axis=1) == wanted.argmax(axis=1)).mean() > 0.97
 
 
@@ -72,7 +72,7 @@ def test_one_class_alone_can_be_distilled(base, profile):
 
     found = distill(base, build(base, pruned), pruned, X[TRAINED], options=options)
 
-    said = answer(forward(found.model, X[HELD]), found.rule(1.0))
+    said = answer(run_model(found.model, X[HELD]), found.rule(1.0))
     assert found.rows == (9, "rest")
     assert said.known[Y[HELD] == 9].mean() > 0.8
     assert said.known[Y[HELD] != 9].mean() < 0.1
@@ -84,7 +84,7 @@ def test_foreign_rows_stay_and_learn_to_name_foreign_classes(base, profile):
     foreign = np.flatnonzero(~np.isin(Y, pruned.classes))[-600:]
 
     def named(model) -> float:
-        logits = forward(model, X[foreign])
+        logits = run_model(model, X[foreign])
         logits[:, pruned.classes] = -np.inf
         return float((logits.argmax(axis=1) == Y[foreign]).mean())
 

@@ -15,11 +15,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from agent.protocol.errors import ShoalError
 from exporter.cost.platform import load_platform
 from exporter.graph import layer_graph
+from exporter.inference import share_right
 from exporter.methods.face import Progress
 from exporter.methods.snn.source import source_key
 from exporter.surgery import without_softmax
@@ -188,8 +187,7 @@ def begin(task: Task, wish: Wish, fixed: Mapping[str, Mapping[str, Setting]]) ->
     graph, reference = None, None
     if base is not None:
         graph = layer_graph(without_softmax(base))
-        scores = base.predict(data.inputs(inputs.judge.frames), batch_size=256, verbose=0)
-        reference = float(np.mean(scores.argmax(axis=1) == inputs.judge.labels))
+        reference = share_right(base, data.inputs(inputs.judge.frames), inputs.judge.labels)
     return State(
         model=None if task.model is None else str(task.model),
         data=task.data,

@@ -14,6 +14,7 @@ from agent.protocol.fleet import Fleet
 from agent.protocol.messages import Header, MessageKind, TensorPart, encode
 from agent.protocol.plan import Fusion
 from exporter.data import DataSet
+from exporter.inference import run_model
 from exporter.quantize import CALIBRATION_SAMPLES
 
 from ..face import TrainedPiece
@@ -25,7 +26,6 @@ Floats = NDArray[np.float32]
 HEAD = "head"
 """Name of the piece that finishes what the branches began."""
 MERGES = (Fusion.SUM, Fusion.CONCAT)
-BATCH = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class BranchNetwork:
 
     def features(self, x: Floats) -> list[Floats]:
         """Of each branch, (N, ...) float32, for model inputs (N, ...) in inference."""
-        return [_run(branch.model, x) for branch in self.branches]
+        return [run_model(branch.model, x) for branch in self.branches]
 
     def logits(self, x: Floats) -> Floats:
         """(N, C) float32 for model inputs (N, ...) in inference, everybody heard."""
@@ -140,7 +140,7 @@ class BranchNetwork:
 
     def finish(self, features: Sequence[Floats], heard: Sequence[bool] | None = None) -> Floats:
         """Logits (N, C) of features, some branches perhaps lost."""
-        return _run(self.head, merged(self.merge, features, heard))
+        return run_model(self.head, merged(self.merge, features, heard))
 
     def pieces(self, data: DataSet, fleet: Fleet) -> tuple[TrainedPiece, ...]:
         """The branches and the head for the pipeline, calibrated on held-out frames."""
@@ -201,20 +201,3 @@ def spread(available: int) -> NDArray[np.intp]:
     """At most CALIBRATION_SAMPLES indices, evenly spread."""
     count = min(available, CALIBRATION_SAMPLES)
     return np.arange(count, dtype=np.intp) * available // count
-
-
-def run_model(model: keras.Model, x: Floats) -> list[Floats]:
-    """Each output (N, ...) of a Keras model in inference."""
-    import keras
-
-    told = []
-    for start in range(0, len(x), BATCH):
-        said = model(x[start : start + BATCH], training=False)
-        said = said if isinstance(said, list | tuple) else [said]
-        told.append([keras.ops.convert_to_numpy(part) for part in said])
-    return [np.concatenate(parts) for parts in zip(*told, strict=True)]
-
-
-def _run(model: keras.Model, x: Floats) -> Floats:
-    (output,) = run_model(model, x)
-    return output

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from agent.protocol.errors import DataError
 from exporter.channels import ChannelMap, Ids, Keep, UnitGroup
+from exporter.inference import run_outputs
 from exporter.surgery import channels_of, remove_channels
 
-from .network import BranchNetwork, Floats, run_model
+from .network import BranchNetwork, Floats
 
 if TYPE_CHECKING:
     import keras
@@ -74,7 +75,7 @@ def unit_worth(model: keras.Model, channels: ChannelMap, inputs: Floats) -> NDAr
         return worth
     watched = [model.get_layer(group.activation_layer).output for group in groups]
     told = keras.Model(model.input, watched)
-    outputs = run_model(told, inputs)
+    outputs = run_outputs(told, inputs)
     for group, values in zip(groups, outputs, strict=True):
         flat = values.reshape(-1, values.shape[-1]).astype(np.float64)
         worth[channels.units[group.activation_layer]] = (flat**2).mean(axis=0)

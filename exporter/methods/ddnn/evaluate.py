@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.protocol.plan import Fusion
+from exporter.inference import run_outputs
 
 from .network import CLOUD, DDNN, EDGE_EXIT, LOCAL, Architecture, Floats, Votes, fuse
 
-BATCH = 256
 _HARDLY = 1e-3
 """Score of a mere guess."""
 
@@ -125,23 +125,12 @@ def likeliest(labels: NDArray[np.int64]) -> int:
     return int(np.bincount(labels).argmax())
 
 
-def forward(model: Any, x: Floats) -> list[Floats]:
-    """Outputs of a Keras model in inference, each (N, ...) float32."""
-    chunks = []
-    for start in range(0, max(len(x), 1), BATCH):
-        told = model(x[start : start + BATCH], training=False)
-        chunks.append(told if isinstance(told, list | tuple) else [told])
-    return [
-        np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*chunks, strict=True)
-    ]
-
-
 def keras_parts(network: DDNN, unseen_guess: int | None = None) -> Assembled:
     """A network as it was trained."""
     parts = {part.name: part for part in network.parts}
 
     def run(name: str, x: Floats) -> tuple[Floats | None, Floats]:
-        told = forward(parts[name], x)
+        told = run_outputs(parts[name], x)
         return (told[0], told[1]) if len(told) > 1 else (None, told[0])
 
     return Assembled(network.architecture, run, unseen_guess)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .evaluate import forward
+from exporter.inference import run_model
+
 from .network import Floats
 from .packed import LEAST_SHIFT, Block, ConvP, Exit, Fc, Threshold
 
@@ -88,7 +89,7 @@ def _dots(model: keras.Model, layer: Any, calibration: Floats) -> NDArray[np.int
     import keras
 
     before = keras.Model(model.input, layer.input)
-    (bits,) = forward(before, calibration)
+    bits = run_model(before, calibration)
     return np.asarray(layer.accumulate(bits)).astype(np.int64)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from agent.protocol.errors import DataError
 from exporter.data import DataSet
 from exporter.graph import LayerGraph, Trace, layer_graph, trace
+from exporter.inference import run_outputs
 from exporter.methods.edgent.layers import chains
 from exporter.methods.face import Progress
 from exporter.training import Checkpoint, History, TrainOptions, cross_entropy, train
@@ -182,10 +183,9 @@ def train_exits(
     )
 
 
-def exit_logits(model: keras.Model, inputs: Any, *, batch: int = 256) -> Any:
+def exit_logits(model: keras.Model, inputs: Any) -> Any:
     """(exits, N, classes) float32: what every exit says."""
-    said = model.predict(inputs, batch_size=batch, verbose=0)
-    return np.stack(said if isinstance(said, list) else [said])
+    return np.stack(run_outputs(model, inputs))
 
 
 def part(

@@ -12,13 +12,14 @@ is then halved as often, and who is largest stays the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from exporter.graph import Layer, LayerGraph, Trace, graph_of_trace, trace
+from exporter.inference import at_once
 
 from ..branches import BranchNetwork, merged
 from ..branches.network import Floats
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 PLACES = 13
 LIMIT = 4.0
 """Values are in [-LIMIT, LIMIT)."""
-BATCH = 256
 
 
 def fixed(values: Any) -> Floats:
@@ -82,11 +82,13 @@ class FixedPoint:
         calls: Its layers.
         graph: The same without Keras.
         kernels: Rounded weights by layer: kernel and bias, batch norm folded in.
+        at_once: How many inputs are run at a time.
     """
 
     calls: Trace
     graph: LayerGraph
     kernels: dict[str, list[Floats]]
+    at_once: int
 
     @classmethod
     def of(cls, model: keras.Model, *, kernels: float = 1.0, biases: float = 1.0) -> FixedPoint:
@@ -121,7 +123,7 @@ class FixedPoint:
             name: [fixed(kernels * kernel), fixed(biases * bias)]
             for name, (kernel, bias) in found.items()
         }
-        return cls(calls, graph, rounded)
+        return cls(calls, graph, rounded, at_once(model))
 
     @property
     def homogeneous(self) -> bool:
@@ -135,18 +137,18 @@ class FixedPoint:
         """Magnitude of the largest activation of inputs (N, ...), if activations were floats."""
         values = (
             value
-            for i in range(0, len(inputs), BATCH)
-            for value in self._values(inputs[i : i + BATCH], np.asarray).values()
+            for some in self._some(inputs)
+            for value in self._values(some, np.asarray).values()
         )
         return max(float(np.abs(value).max()) for value in values)
 
     def run(self, inputs: Floats) -> Floats:
         """The output (N, ...) float32 of inputs (N, ...)."""
-        parts = [
-            self._values(inputs[i : i + BATCH], fixed)[self.calls.outputs[0]]
-            for i in range(0, len(inputs), BATCH)
-        ]
-        return np.concatenate(parts)
+        last = self.calls.outputs[0]
+        return np.concatenate([self._values(x, fixed)[last] for x in self._some(inputs)])
+
+    def _some(self, inputs: Floats) -> Iterator[Floats]:
+        return (inputs[i : i + self.at_once] for i in range(0, len(inputs), self.at_once))
 
     def _values(self, inputs: Floats, stored: Callable[[Any], Floats]) -> dict[str, Floats]:
         """What every layer gives, as it is stored."""

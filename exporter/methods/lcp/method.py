@@ -17,6 +17,7 @@ from exporter.channels import Keep
 from exporter.cost import Numbers, PieceCost, piece_cost
 from exporter.data import DataSet, Split
 from exporter.graph import layer_graph
+from exporter.inference import share_right
 from exporter.quantize.native_stderr import start_tensorflow
 from exporter.training import (
     Checkpoint,
@@ -83,7 +84,7 @@ class LCP:
             equal_features=merge is Fusion.SUM,
         )
         training, validation = parts(data, options)
-        whole = accuracy_of(splitter.base, data, validation)
+        whole = share_right(splitter.base, data.inputs(validation.frames), validation.labels)
 
         def trained(network: BranchNetwork, what: str, how: TrainOptions) -> float:
             history = train(
@@ -225,12 +226,6 @@ def parts(data: DataSet, options: LcpOptions) -> tuple[Split, Split]:
         np.concatenate([data.train.labels, rest.labels]),
     )
     return training, held.take(np.flatnonzero(chosen))
-
-
-def accuracy_of(model: keras.Model, data: DataSet, split: Split) -> float:
-    """Of a whole model."""
-    logits = model.predict(data.inputs(split.frames), batch_size=256, verbose=0)
-    return float(np.mean(logits.argmax(axis=1) == split.labels))
 
 
 def _costs(network: BranchNetwork) -> tuple[PieceCost, ...]:

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from agent.protocol.errors import UnsupportedLayer
 from exporter.graph import LayerGraph, layer_graph
+from exporter.inference import at_once
 from exporter.surgery import without_softmax
 
 if TYPE_CHECKING:
     import keras
 
 Floats = NDArray[np.float32]
-BATCH = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,8 @@ class Teacher:
 
     def activations(self, x: Floats) -> Floats:
         """Mean of each filter's map, (N, F) float32, for model inputs (N, ...)."""
-        parts = [np.asarray(self.say(x[i : i + BATCH])[0]) for i in range(0, len(x), BATCH)]
+        some = at_once(self.model)
+        parts = [np.asarray(self.say(x[i : i + some])[0]) for i in range(0, len(x), some)]
         return np.concatenate(parts)
 
 

@@ -27,8 +27,9 @@ from agent.protocol.errors import DataError
 
 from ...channels import ChannelMap, channel_map
 from ...graph import Flow, Layer, TracedCall, graph_of_trace, trace
+from ...inference import run_model
 from ...surgery import without_softmax
-from .masked import BATCH, Floats, forward
+from .masked import BATCH, Floats
 from .prune import PrunedSnn
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class _Compensation:
         weights = np.ones(len(self.x))
         if self.options.own_weight is None:
             return weights
-        own = np.isin(forward(self.base, self.x).argmax(axis=1), pruned.classes)
+        own = np.isin(run_model(self.base, self.x).argmax(axis=1), pruned.classes)
         if own.any() and not own.all():
             share = self.options.own_weight
             weights = np.where(own, share / own.mean(), (1 - share) / (~own).mean())

@@ -27,9 +27,10 @@ from agent.protocol.errors import DataError
 from agent.protocol.plan import AnswerRule
 
 from ...graph import layer_graph
+from ...inference import feed, run_model
 from ...surgery import remove_channels, without_softmax
 from .influence import log_outcomes, membership
-from .masked import BATCH, Floats, feed, forward
+from .masked import BATCH, Floats
 from .prune import PrunedSnn
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def base_logits(base: keras.Model, x: Floats, epoch: int, options: DistillOption
     _check(x, options)
     teacher, views = without_softmax(base), _Views(len(x), epoch, options)
     parts = [
-        forward(teacher, views.of(x, np.arange(i, min(i + BATCH, len(x)))))
+        run_model(teacher, views.of(x, np.arange(i, min(i + BATCH, len(x)))))
         for i in range(0, len(x), BATCH)
     ]
     return np.concatenate(parts)
@@ -219,8 +220,8 @@ def _with_rest_row(
     graph = layer_graph(small)
     last = graph.outputs[0]
     features = keras.Model(small.input, small.get_layer(last).input)
-    a = forward(features, x).reshape(len(x), -1).astype(np.float64)
-    logits = forward(teacher, x).astype(np.float64)
+    a = run_model(features, x).reshape(len(x), -1).astype(np.float64)
+    logits = run_model(teacher, x).astype(np.float64)
     foreign = [c for c in range(logits.shape[1]) if c not in pruned.classes]
     top = logits[:, foreign].max(axis=1)
     rest = top + np.log(np.exp(logits[:, foreign] - top[:, None]).sum(axis=1))

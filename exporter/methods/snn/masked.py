@@ -182,16 +182,3 @@ class MaskedModel:
 
             self._functions[start, stop] = tf.function(run, input_signature=signature)
         return self._functions[start, stop]
-
-
-def feed(model: keras.Model, x: Any, *, training: bool) -> Any:
-    """Call a model with one input, however that input is wrapped (tensor, list, dict)."""
-    import keras
-
-    return model(keras.tree.pack_sequence_as(model.input, [x]), training=training)
-
-
-def forward(model: keras.Model, x: Floats, *, batch: int = BATCH) -> Floats:
-    """The output of a model for all inputs, in batches: (N, ...) float32."""
-    parts = [feed(model, x[i : i + batch], training=False) for i in range(0, len(x), batch)]
-    return np.concatenate([np.asarray(part) for part in parts])
