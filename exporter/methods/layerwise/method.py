@@ -20,6 +20,7 @@ from agent.protocol.messages import Header, MessageKind, TensorPart, encode
 from agent.protocol.plan import Fusion, Plan
 from exporter.data import DataSet
 from exporter.graph import graph_of_trace, trace
+from exporter.inference import run_model
 from exporter.surgery import without_softmax
 
 from ..face import Design, Progress, RunPiece, Settled, TrainedPiece
@@ -90,10 +91,10 @@ class Layerwise:
 
         def run(part: Part, x: Floats) -> Floats:
             inputs[part.name] = x
-            return np.asarray(models[part.name](x, training=False), np.float32)
+            return run_model(models[part.name], x)
 
         said = emulate(places, data.inputs(frames), run)
-        single = np.asarray(whole(data.inputs(frames), training=False), np.float32)
+        single = run_model(whole, data.inputs(frames))
         pieces = tuple(
             TrainedPiece(
                 name=place.part.name,
