@@ -235,7 +235,10 @@ def _check(
     if chooses and (score is None or validation is None):
         problems.append("the best epoch is told by validation data, and there is none")
     if problems:
-        raise DataError("\n".join(problems), "correct the data or the training options")
+        raise DataError(
+            "\n".join(problems),
+            "correct the data or the training options (--batch, --shift, --flip)",
+        )
 
 
 def _accuracy(score: Score, inputs: Inputs, validation: Split) -> float:

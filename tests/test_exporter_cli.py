@@ -11,6 +11,8 @@ import pytest
 from export_cases import CLASSES, SMALL_FLEET, digits, exported, home, inputs, model_file, shoal
 
 from agent.protocol.manifest import parse_manifest, read_manifest
+from exporter import cli
+from exporter.method_options import method_options
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +229,17 @@ def test_wrong_option_is_refused_by_name(wrong):
     assert said.exit_code == 2
     assert wrong[0] in said.stderr
     assert "Traceback" not in said.stderr
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lcp", 1e-3), ("nonn", 2e-3), ("edgent", 1e-3)])
+def test_methods_that_train_are_told_how_many_at_a_time_and_how_fast(method, rate):
+    def training(*more):
+        line = ["--method", method, "--data", "digits", *more]
+        return method_options(method, cli.export.make_context("export", line).params).training
+
+    assert (training().batch, training().rate) == (128, rate)
+    asked = training("--batch", "16", "--rate", "0.01")
+    assert (asked.batch, asked.rate) == (16, 0.01)
 
 
 def test_plan_shows_every_piece_and_writes_nothing(tmp_path, monkeypatch):
