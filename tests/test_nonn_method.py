@@ -331,6 +331,16 @@ def test_student_is_the_widest_within_a_limit(limits: StudentLimits, on: Device)
     assert cost.name == "s"
 
 
+@pytest.mark.parametrize(
+    ("side", "map_side"), [(8, 8), (32, 32), (64, 64), (65, 33), (128, 64), (224, 56), (300, 38)]
+)
+def test_large_frames_are_halved_before_the_groups(side: int, map_side: int) -> None:
+    student = wide_builder(10)(StudentShape(4, 3, (side, side, 3), "s"))
+    assert student.get_layer("group1_1_add").output.shape == (None, map_side, map_side, 4)
+    assert student.output_shape == (None, 3)
+    layer_graph(student)  # made of layers that can be exported
+
+
 def test_all_devices_without_room_are_named(school: School) -> None:
     fleet = replace_device(school.fleet, "left", memory_bytes=500)
     fleet = replace_device(fleet, "right", memory_bytes=500)

@@ -51,6 +51,7 @@ def wide_student(
     *,
     input_shape: tuple[int, int, int] = (32, 32, 3),
     stem: int = STEM,
+    halvings: int = 0,
     bias: bool = False,
     name: str = "student",
 ) -> keras.Model:
@@ -65,6 +66,8 @@ def wide_student(
         features: Filters of the teacher that it learns.
         input_shape: (height, width, channels) of one float32 image.
         stem: Channels of the first convolution.
+        halvings: How many first convolutions halve a large frame's maps, as ResNets for such
+            frames begin; 0: one that leaves them as they are.
         bias: Whether convolutions have one, as in the authors' released code.
         name: Of the model.
 
@@ -75,7 +78,7 @@ def wide_student(
         DataError: a depth that is not 6 n + 4.
     """
     inputs = keras.Input(input_shape, name="image")
-    x = _groups(inputs, depth, widths, bias, stem)
+    x = _groups(inputs, depth, widths, bias, stem, halvings)
     x = layers.Conv2D(features, 1, use_bias=bias, name="bridge")(x)
     x = _activated(x, "bridge")
     return keras.Model(inputs, layers.GlobalAveragePooling2D(name="features")(x), name=name)
@@ -87,12 +90,19 @@ def group_widths(widening: int) -> tuple[int, int, int]:
 
 
 def _groups(
-    x: keras.KerasTensor, depth: int, widths: Sequence[int], bias: bool, stem: int = STEM
+    x: keras.KerasTensor,
+    depth: int,
+    widths: Sequence[int],
+    bias: bool,
+    stem: int = STEM,
+    halvings: int = 0,
 ) -> keras.KerasTensor:
     blocks, rest = divmod(depth - 4, 6)
     if rest or blocks < 1:
         raise DataError(f"depth {depth} is not 6 n + 4", "take 10, 16, 22, 28 or 40")
-    x = _convolution(x, stem, 1, bias, "stem")
+    for i in range(1, halvings):
+        x = _activated(_convolution(x, stem, 2, bias, f"halved{i}"), f"halved{i}")
+    x = _convolution(x, stem, 2 if halvings else 1, bias, "stem")
     for group, width in enumerate(widths, 1):
         for block in range(1, blocks + 1):
             stride = 2 if group > 1 and block == 1 else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_WIDTH = 64
 """Channels of the first group of the widest student that is tried: a WRN-16-4."""
+LARGEST_MAP = 64
+"""Pixels to a side of the largest maps of a WRN's groups; larger frames are halved before."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ Builder = Callable[[StudentShape], "keras.Model"]
 def wide_builder(depth: int) -> Builder:
     """Students of the WRN family: WRN-depth, `width`, 2 x and 4 x `width` channels a group.
 
+    A frame of more than LARGEST_MAP pixels to a side is halved by strided convolutions first.
+
     Args:
         depth: 6 n + 4.
     """
@@ -64,6 +69,7 @@ def wide_builder(depth: int) -> Builder:
             shape.features,
             input_shape=(height, width, channels),
             stem=min(STEM, w),
+            halvings=max(0, math.ceil(math.log2(max(height, width) / LARGEST_MAP))),
             name=shape.name,
         )
 
