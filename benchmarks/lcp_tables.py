@@ -77,7 +77,7 @@ def _lenets(runs: Runs) -> list[Row]:
 
 def _fattened(runs: Runs) -> list[Row]:
     """Eight branches, 40 % fattened, against the whole network."""
-    narrow = _pairs(runs, "cifarnet/8-f40", "cifarnet/1")
+    narrow = pairs(runs, "cifarnet/8-f40", "cifarnet/1")
     rows = _below(
         "CifarNet / CIFAR-10, 8-f40: points below the whole, float",
         1.0,
@@ -92,7 +92,7 @@ def _fattened(runs: Runs) -> list[Row]:
             Row("the same: times fewer parameters", ">= 3.8", f"{smaller:.2f}", smaller >= 3.8),
             Row("the same: times fewer MACs", ">= 2.5", told, fewer >= 2.5),
         ]
-    wide = _pairs(runs, "wrn-10-4/8-f40", "wrn-10-4/1")
+    wide = pairs(runs, "wrn-10-4/8-f40", "wrn-10-4/1")
     return rows + _below(
         "WRN-10-4 / CIFAR-10, 8-f40: points below the whole, float",
         1.5,
@@ -113,7 +113,7 @@ def _pruned(runs: Runs, digits: Runs) -> list[Row]:
             f"{what}: 40 % of the channels pruned and int8, points below the unpruned in float",
             0.2,
             "0.1",
-            [full["float"] - pruned["int8"] for pruned, full in _pairs(source, some, whole)],
+            [full["float"] - pruned["int8"] for pruned, full in pairs(source, some, whole)],
         )
     return rows
 
@@ -140,7 +140,7 @@ def _quantized(runs: Runs) -> list[Row]:
     return [Row(what, "<= 0.3", f"{max(lost):.2f} at most", max(lost) <= 0.3)] if lost else []
 
 
-def _pairs(runs: Runs, one: str, other: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def pairs(runs: Runs, one: str, other: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Runs of two cases with the same seed."""
     known = runs.get(other, {})
     return [(run, known[seed]) for seed, run in runs.get(one, {}).items() if seed in known]
