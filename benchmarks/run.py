@@ -35,6 +35,7 @@ from benchmarks import (
     planner,
     snn,
     speedups,
+    zoo_exports,
 )
 from benchmarks.glance import draw as glance
 from benchmarks.record import BRIEF, HEADER, RESULTS, ROOT, load, machine_line
@@ -96,9 +97,11 @@ GROUPS = {
             ("nonn", "heads"),
             ("nonn", "filters"),
             ("nonn", "recipe", "digits"),
+            ("nonn", "recipe", "resnet56_cifar10_brief", "--seeds", "1"),
         ),
         nonn.draw,
     ),
+    "zoo_exports": Group((("zoo_exports",),), zoo_exports.draw),
     "edgent": Group(
         (("edgent", "--keep"), ("edgent_alexnet", "measure"), ("edgent_live", "--keep")),
         edgent.draw,
@@ -134,7 +137,17 @@ BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->
 
 def with_results(readme: str) -> str:
     """The README with all at a glance and the tables of results/*.md, shortened and folded."""
-    names = ("snn", "ddnn", "lcp", "nonn", "edgent", "speedups", "codegen", "firmware")
+    names = (
+        "snn",
+        "ddnn",
+        "lcp",
+        "nonn",
+        "zoo_exports",
+        "edgent",
+        "speedups",
+        "codegen",
+        "firmware",
+    )
     names += ("codegen_binary", "latency", "measured_speedups", "planner")
     names += ("planned_fleets", "runtime")
     tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -158,17 +157,7 @@ def draw() -> str:
                 if run["exit"] == 0
                 else f"| {name} | {method} | - | - | exit {run['exit']} | - |"
             )
-    peak = result["peak_bytes"] / 1e9
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"At most {peak:.1f} GB of memory.",
-            "",
-            f"Measured at {machine_line(result)}.",
-            "",
-        ]
-    )
+    return "\n".join([*lines, "", f"Measured at {machine_line(result)}.", ""])
 
 
 def main() -> None:
@@ -195,8 +184,6 @@ def main() -> None:
                 run = exported(name, method, home)
                 print(json.dumps({name: {method: run}}), flush=True)
                 kept["runs"].setdefault(name, {})[method] = run
-        peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        kept["peak_bytes"] = max(peak, kept.get("peak_bytes", 0))
         kept["circumstances"] = circumstances("tensorflow-cpu", "keras", "ai-edge-litert")
         save(NAME, kept)
 
