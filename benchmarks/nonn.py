@@ -509,7 +509,7 @@ def draw() -> str:
     missing = [name for name in RECIPES if f"recipe {name}" not in stored]
     if missing:
         lines += [
-            f"Not measured yet, for want of a GPU: {', '.join(missing)} "
+            f"Not measured yet, for want of a GPU: {', '.join(missing)}, of 200 epochs "
             "(`python -m benchmarks.nonn recipe NAME`). The paper's WRN40-4 with two students of a "
             "fiftieth loses 0.86 points to its teacher.",
             "",
