@@ -157,6 +157,8 @@ def draw() -> str:
                 if run["exit"] == 0
                 else f"| {name} | {method} | - | - | exit {run['exit']} | - |"
             )
+    if note := result.get("note"):
+        lines += ["", note]
     return "\n".join([*lines, "", f"Measured at {machine_line(result)}.", ""])
 
 
@@ -184,6 +186,7 @@ def main() -> None:
                 run = exported(name, method, home)
                 print(json.dumps({name: {method: run}}), flush=True)
                 kept["runs"].setdefault(name, {})[method] = run
+        kept.pop("note", None)
         kept["circumstances"] = circumstances("tensorflow-cpu", "keras", "ai-edge-litert")
         save(NAME, kept)
 
