@@ -28,7 +28,7 @@ from benchmarks.datasets import ROOT, npz_path
 from benchmarks.record import RESULTS, circumstances, load, save
 from exporter.methods.lcp.communication import lcp_traffic, model_parallel_traffic
 from exporter.methods.lcp.counts import split_counts
-from exporter.training import Checkpoint, TrainOptions, train
+from exporter.training import Checkpoint, TrainOptions, augmented, train
 from exporter.zoo.papers import CIFARNET_BN, NETWORKS, PaperNetwork
 
 NAME = "lcp"
@@ -114,6 +114,9 @@ class Case:
             begin with the weights of their channels.
         prune: Percent of the channels that the trained branches of the same case without it lose;
             they are then trained as long again.
+        epochs: Passes over the images; None: as the recipe of its data says.
+        views: Shifted and mirrored copies of every image that are made once, for a teacher that is
+            slow: it is asked once about each. 0: new ones in every epoch.
         paper: Its accuracy in the paper, percent.
     """
 
@@ -124,7 +127,15 @@ class Case:
     dropout: float = 0.0
     teach: float = 0.0
     prune: int = 0
+    epochs: int | None = None
+    views: int = 0
     paper: str = "-"
+
+    @property
+    def recipe(self) -> TrainOptions:
+        """How it is trained."""
+        usual = RECIPES[self.data]
+        return replace(usual, epochs=self.epochs or usual.epochs, part_dropout=self.dropout)
 
     @property
     def text(self) -> str:
@@ -153,6 +164,7 @@ CASES = {
     "cifarnet/8-f40-tolerant": Case(CIFARNET, "cifar10", 8, 40, teach=0.5, dropout=0.3),
     "wrn-10-4/1": Case(4, "cifar10", 1),
     "wrn-10-4/8-f40": Case(4, "cifar10", 8, 40, teach=0.5, paper="base - 3.3 (ResNet-50)"),
+    "wrn-10-4/8-f40-longer": Case(4, "cifar10", 8, 40, teach=0.5, epochs=24, views=4),
 }
 MINIMUM_WIDTH = 8
 """Of wide ResNets' branches: their first layer has 16 channels, and an eighth of it would be 2."""
@@ -388,6 +400,18 @@ def branches_of(case: Case, seed: int, trained: Any = None) -> Any:
     return untrained(splitter, keeps, merge or splitter.merge, fleet_of(case.split), options)
 
 
+def with_views(samples: Any, options: TrainOptions, views: int) -> tuple[Any, TrainOptions]:
+    """So many copies of every sample, each augmented once, and options for as many steps."""
+    from exporter.data import Split as Part
+
+    rng = np.random.default_rng([options.seed, views])
+    frames = [
+        augmented(samples.frames, options.crop_pixels, options.flip, rng) for _ in range(views)
+    ]
+    fewer = replace(options, epochs=options.epochs // views, crop_pixels=0, flip=False)
+    return Part(np.concatenate(frames), np.tile(samples.labels, views)), fewer
+
+
 def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
     """The trained network of a case, its data, and its accuracy on validation data."""
     from exporter.data import Split as Part
@@ -399,7 +423,7 @@ def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
     start_tensorflow()
     import keras
 
-    from exporter.methods.lcp.method import loss_of
+    from exporter.methods.lcp.method import loss_of, scores_of
     from exporter.methods.lcp.options import LcpOptions
 
     case = CASES[name]
@@ -410,21 +434,25 @@ def taught(name: str, seed: int, tell: Tell) -> tuple[Any, Any, float | None]:
     training = Part(x[:-HELD_OUT], y[:-HELD_OUT])
     data = replace(data, train=training, held_out=Part(x[-HELD_OUT:], y[-HELD_OUT:]))
     keras.utils.set_random_seed(seed)
-    options = replace(RECIPES[case.data], part_dropout=case.dropout, seed=seed)
+    options = replace(case.recipe, seed=seed)
+    seen = data.train
+    if case.views:
+        seen, options = with_views(seen, options, case.views)
     trained = teacher = None
     if case.teach:
         trained = taught(f"{name.partition('/')[0]}/1", seed, tell)[0].models
-        teacher = keras.Sequential(trained)
+        teacher = scores_of(keras.Sequential(trained))
     network = branches_of(case, seed, trained)
 
     def run(taken: Any, how: TrainOptions, about: str) -> float | None:
         return train(
             taken.models,
-            loss_of(taken, teacher, LcpOptions(teach=case.teach, training=how)),
-            data.train,
+            loss_of(taken, LcpOptions(teach=case.teach, training=how)),
+            seen,
             data.inputs,
             how,
             parts=case.split,
+            teacher=teacher,
             score=taken.logits,
             validation=data.held_out,
             checkpoint=Checkpoint(CACHE, about),
@@ -486,7 +514,7 @@ def trained(name: str, seed: int) -> dict[str, Any]:
         "fixed": in_fixed_point(network, data),
         "one_lost": figures.get("accuracy_fleet_one_lost"),
         "payload": figures["fleet_payload"],
-        "epochs": RECIPES[case.data].epochs,
+        "epochs": case.recipe.epochs,
         "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 
@@ -548,7 +576,7 @@ def main() -> None:
     for seed in range(chosen.seeds):
         for name in chosen.cases:
             kept = result()["runs"].get(name, {}).get(str(seed))
-            if kept and kept["epochs"] == RECIPES[CASES[name].data].epochs:
+            if kept and kept["epochs"] == CASES[name].recipe.epochs:
                 print(f"{name} seed {seed}: kept", flush=True)
                 continue
             run = trained(name, seed)

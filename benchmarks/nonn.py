@@ -138,7 +138,7 @@ def heads(images: int, taught: int) -> dict[str, Any]:
         network.head.set_weights(first)
         if chance is not None:
 
-            def loss(x: Any, labels: Any, heard: Any) -> Any:
+            def loss(x: Any, labels: Any, heard: Any, taught: Any) -> Any:
                 whose = keras.ops.concatenate(
                     [keras.ops.repeat(heard[:, i : i + 1], w, 1) for i, w in enumerate(widths)], 1
                 )
@@ -363,7 +363,7 @@ def wrn40_4() -> tuple[Any, Any]:
     keras.utils.set_random_seed(0)
     model = wide_resnet(40, group_widths(4))
 
-    def loss(x: Any, labels: Any, heard: Any) -> Any:
+    def loss(x: Any, labels: Any, heard: Any, taught: Any) -> Any:
         return cross_entropy(model(x, training=True), labels)
 
     train(

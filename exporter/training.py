@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     import keras
 
 Floats = NDArray[np.float32]
-Loss = Callable[[Any, Any, Any], Any]
-"""(inputs (N, ...) float32, labels (N,) int64, heard (N, parts) float32 of 0 and 1) -> scalar loss,
-all tensors; it calls the models with training=True. A teacher is called in here."""
+Loss = Callable[[Any, Any, Any, Sequence[Any]], Any]
+"""(inputs (N, ...) float32, labels (N,) int64, heard (N, parts) float32 of 0 and 1, what the
+teacher says of the inputs) -> scalar loss, all tensors; it calls the models with training=True."""
+TeacherCall = Callable[[Any], Sequence[Any]]
+"""Inputs (N, ...) float32 -> tensors (N, ...), always the same for the same input."""
 Inputs = Callable[[NDArray[Any]], Floats]
 """Raw frames (N, ...) -> model inputs (N, ...) float32, such as `DataSet.inputs`."""
 Score = Callable[[Floats], Floats]
@@ -40,6 +42,8 @@ Score = Callable[[Floats], Floats]
 
 SAVE_EVERY_S = 20.0
 """Least time between two checkpoints of a run; the last epoch is always saved."""
+ANSWERS_BYTES = 1 << 29
+"""Of all that a teacher says, as far as it is remembered from one epoch to the next."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,7 @@ def train(
     options: TrainOptions,
     *,
     parts: int = 1,
+    teacher: TeacherCall | None = None,
     score: Score | None = None,
     validation: Split | None = None,
     checkpoint: Checkpoint | None = None,
@@ -181,6 +186,8 @@ def train(
         inputs: Makes model inputs of (augmented) frames.
         options: How.
         parts: How many there are to be heard or not: the width of `heard`.
+        teacher: Whom the models learn from; the loss is given what it says. Where frames are never
+            augmented it is asked once about each. None: the loss is given nothing.
         score: Logits in inference, for validation.
         validation: What accuracy is measured on after each epoch; never test data.
         checkpoint: Where to keep the run; None: nowhere.
@@ -192,7 +199,7 @@ def train(
             or `keep="best"` without validation data.
     """
     _check(samples, options, score, validation)
-    run = _Run(models, loss, samples, inputs, options, parts)
+    run = _Run(models, loss, samples, inputs, options, parts, teacher)
     store = None if checkpoint is None else _Store(checkpoint, run)
     log: list[Epoch] = []
     if store is not None:
@@ -268,10 +275,12 @@ class _Run:
     inputs: Inputs
     options: TrainOptions
     parts: int
+    teacher: TeacherCall | None = None
     best: list[NDArray[Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         import keras
+        import tensorflow as tf
 
         o = self.options
         self.trained = [v for model in self.models for v in model.trainable_variables]
@@ -283,6 +292,8 @@ class _Run:
             )
         self.optimizer.build(self.trained)
         self.step = self._traced()
+        self.ask = tf.function(self.teacher or (lambda x: ()), reduce_retracing=True)
+        self.answers: list[Floats] | None = None
 
     @property
     def state(self) -> list[Any]:
@@ -302,8 +313,27 @@ class _Run:
             self.optimizer.learning_rate.assign(o.rate * rate_share(share, number, o))
             frames = augmented(self.samples.frames[index], o.crop_pixels, o.flip, rng)
             heard = drawn(o.batch, self.parts, o.part_dropout, rng)
-            total += float(self.step(self.inputs(frames), self.samples.labels[index], heard))
+            x = self.inputs(frames)
+            taught = self._taught(x, index)
+            total += float(self.step(x, self.samples.labels[index], heard, taught))
         return total / steps
+
+    def _taught(self, x: Floats, index: NDArray[np.intp]) -> list[Any]:
+        """What the teacher says of a batch: remembered if it is the same in every epoch."""
+        if self.teacher is None or self.options.crop_pixels or self.options.flip:
+            return list(self.ask(x))
+        if self.answers is None:
+            self.answers = self._all_answers(list(self.ask(x)))
+        return [answer[index] for answer in self.answers] or list(self.ask(x))
+
+    def _all_answers(self, some: Sequence[Any]) -> list[Floats]:
+        """Of every sample; none if that is too much to remember."""
+        count, size = len(self.samples), self.options.batch
+        if count * sum(math.prod(answer.shape[1:]) for answer in some) * 4 > ANSWERS_BYTES:
+            return []
+        batches = [self.samples.frames[i : i + size] for i in range(0, count, size)]
+        told = [[np.asarray(part) for part in self.ask(self.inputs(batch))] for batch in batches]
+        return [np.concatenate(parts) for parts in zip(*told, strict=True)]
 
     def remember(self) -> None:
         self.best = [_value(v) for model in self.models for v in model.variables]
@@ -319,9 +349,9 @@ class _Run:
         kernels = [len(v.shape) > 1 for v in self.trained]
         decay = self.options.decay
 
-        def step(x: Any, labels: Any, heard: Any) -> Any:
+        def step(x: Any, labels: Any, heard: Any, taught: Any) -> Any:
             with tf.GradientTape() as tape:
-                loss = self.loss(x, labels, heard)
+                loss = self.loss(x, labels, heard, taught)
             # Not the Keras variables themselves: their zeros could not be made.
             plain = [v.value for v in self.trained]
             gradients = tape.gradient(loss, plain, unconnected_gradients="zero")

@@ -74,7 +74,7 @@ def resnet() -> keras.Model:
 
 
 def trained(model: keras.Model, data: DataSet) -> keras.Model:
-    def loss(x, labels, heard):
+    def loss(x, labels, heard, taught):
         said = model(x, training=True)
         if model.name == "sequential":
             said = keras.ops.log(said + 1e-7)

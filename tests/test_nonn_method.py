@@ -98,7 +98,7 @@ def school(tmp_path_factory) -> School:
     keras.utils.set_random_seed(1)
     base, data = small_teacher(), load_data("digits")
 
-    def loss(x, labels, heard):
+    def loss(x, labels, heard, taught):
         return cross_entropy(base(x, training=True), labels)
 
     train([base], loss, data.train, data.inputs, replace(TRAINING, epochs=12), progress=quiet)

@@ -60,7 +60,7 @@ OPTIONS = TrainOptions(epochs=6, batch=32, rate=2e-2, crop_pixels=1, flip=False)
 
 
 def run(model: keras.Model, options: TrainOptions = OPTIONS, loss=None, **more):
-    def labels_loss(x, labels, heard):
+    def labels_loss(x, labels, heard, taught):
         return cross_entropy(model(x, training=True), labels, options.smoothing)
 
     return train(
@@ -122,7 +122,7 @@ def test_goes_on_after_an_interruption_to_the_same_bits(tmp_path, monkeypatch) -
     with pytest.raises(Interrupted):
         train(
             [broken],
-            lambda x, labels, heard: cross_entropy(broken(x, training=True), labels),
+            lambda x, labels, heard, taught: cross_entropy(broken(x, training=True), labels),
             samples(),
             scaled,
             options,
@@ -142,7 +142,7 @@ def test_finished_run_is_not_done_twice_and_other_options_are(tmp_path) -> None:
     kept = Checkpoint(tmp_path)
     history = run(first, checkpoint=kept)
 
-    def never(x, labels, heard):
+    def never(x, labels, heard, taught):
         raise AssertionError("trained again")
 
     assert run(again, loss=never, checkpoint=kept) == history
@@ -172,7 +172,7 @@ def test_decay_pulls_kernels_alone() -> None:
     before = weights(model)
     options = replace(OPTIONS, epochs=1, optimizer="sgd", momentum=0.0, rate=0.1, decay=0.5)
 
-    def nothing(x, labels, heard):
+    def nothing(x, labels, heard, taught):
         return 0.0 * tf.reduce_sum(model.trainable_variables[0])
 
     run(model, options, loss=nothing)
@@ -242,9 +242,37 @@ def test_refuses_what_cannot_be_trained() -> None:
     with pytest.raises(DataError, match=r"(?s)8 samples.*no images.*validation data"):
         train(
             [model],
-            lambda x, labels, heard: 0.0,
+            lambda x, labels, heard, taught: 0.0,
             few,
             scaled,
             replace(OPTIONS, keep="best"),
             progress=quiet,
         )
+
+
+@pytest.mark.parametrize(
+    ("crop_pixels", "most_bytes", "questions"),
+    [(0, 1 << 20, 32 + 200), (0, 0, 32 + 3 * 192), (1, 1 << 20, 3 * 192)],
+    ids=["unchanged frames", "too much to remember", "augmented frames"],
+)
+def test_teacher_speaks_of_the_batch_and_is_asked_again_only_if_needed(
+    crop_pixels, most_bytes, questions, monkeypatch
+) -> None:
+    monkeypatch.setattr("exporter.training.ANSWERS_BYTES", most_bytes)
+    model = network()
+    asked = tf.Variable(0)
+
+    def teacher(x):
+        asked.assign_add(tf.shape(x)[0])
+        return tf.reduce_sum(x, axis=(1, 2, 3)), x[:, :2, 0, 0]
+
+    def loss(x, labels, heard, taught):
+        total, corner = taught
+        wrong = tf.reduce_sum(x, axis=(1, 2, 3)) - total
+        return tf.reduce_mean(wrong**2) + tf.reduce_mean((corner - x[:, :2, 0, 0]) ** 2)
+
+    options = replace(OPTIONS, epochs=3, crop_pixels=crop_pixels)
+    history = run(model, options, loss=loss, teacher=teacher)
+
+    assert [row.loss for row in history.epochs] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert int(asked.numpy()) == questions

@@ -22,7 +22,7 @@ How a method uses it:
    parts=len(network.branches), score=network.logits, validation=data.held_out, ...)` with a loss
    of the method's own:
 
-       def loss(x, labels, heard):
+       def loss(x, labels, heard, taught):
            said = network.forward(x, heard, training=True)
            return cross_entropy(said.logits, labels) + ...   # said.features: one tensor a branch
 

@@ -160,7 +160,7 @@ def train_exits(
     if len(shares) != count or not all(share > 0 for share in shares):
         raise DataError(f"{count} exits need {count} positive weights of their losses: {shares}")
 
-    def loss(x: Any, labels: Any, heard: Any) -> Any:
+    def loss(x: Any, labels: Any, heard: Any, taught: Any) -> Any:
         said = model(x, training=True)
         losses = [cross_entropy(logits, labels, options.smoothing) for logits in said]
         return sum(share * one for share, one in zip(shares, losses, strict=True))

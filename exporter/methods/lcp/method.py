@@ -17,11 +17,12 @@ from exporter.channels import Keep
 from exporter.cost import Numbers, PieceCost, piece_cost
 from exporter.data import DataSet, Split
 from exporter.graph import layer_graph
-from exporter.inference import share_right
+from exporter.inference import feed, share_right
 from exporter.quantize.native_stderr import start_tensorflow
 from exporter.training import (
     Checkpoint,
     Loss,
+    TeacherCall,
     TrainOptions,
     cross_entropy,
     divergence,
@@ -89,11 +90,12 @@ class LCP:
         def trained(network: BranchNetwork, what: str, how: TrainOptions) -> float:
             history = train(
                 network.models,
-                loss_of(network, splitter.base, options),
+                loss_of(network, options),
                 training,
                 data.inputs,
                 how,
                 parts=len(network.branches),
+                teacher=scores_of(splitter.base) if options.teach else None,
                 score=network.logits,
                 validation=validation,
                 checkpoint=None
@@ -194,17 +196,24 @@ def untrained(
     return BranchNetwork(tuple(branches), head, merge)
 
 
-def loss_of(network: BranchNetwork, teacher: keras.Model, options: LcpOptions) -> Loss:
-    """Cross-entropy of the labels, and divergence from the base's softened scores."""
+def scores_of(base: keras.Model) -> TeacherCall:
+    """The base as a teacher: its scores (N, C)."""
+    return lambda x: (feed(base, x, training=False),)
+
+
+def loss_of(network: BranchNetwork, options: LcpOptions) -> Loss:
+    """Cross-entropy of the labels, and divergence from a teacher's softened scores if it has one.
+
+    A share `teach` of it is the divergence (Hinton et al. 2015).
+    """
     share, temperature = options.teach, options.temperature
     smoothing = options.training.smoothing
 
-    def loss(x: Any, labels: Any, heard: Any) -> Any:
+    def loss(x: Any, labels: Any, heard: Any, taught: Any) -> Any:
         said = network.forward(x, heard, training=True)
         total = (1 - share) * cross_entropy(said.logits, labels, smoothing)
-        if share:
-            taught = teacher(x, training=False)
-            total += share * temperature**2 * divergence(taught, said.logits, temperature)
+        for scores in taught:
+            total += share * temperature**2 * divergence(scores, said.logits, temperature)
         return total
 
     return loss

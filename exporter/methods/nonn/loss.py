@@ -19,7 +19,6 @@ from agent.protocol.errors import DataError
 from exporter.training import Loss, cross_entropy, divergence
 
 from ..branches import BranchNetwork
-from .teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -62,26 +61,24 @@ PAPER_LOSS = LossOptions(beta=1e4)
 
 def student_loss(
     network: BranchNetwork,
-    teacher: Teacher,
     parts: Sequence[Sequence[int]],
     options: LossOptions,
 ) -> Loss:
-    """The loss of all students together.
+    """The loss of all students together, taught by `Teacher.say`.
 
     Features count also where a student is not heard: it goes on learning its part.
 
     Args:
         network: Students in the order of `parts`, and the head.
-        teacher: Whom they learn from.
         parts: The teacher's filters that each student learns.
         options: Weights.
     """
     order = np.concatenate([np.asarray(part, np.int32) for part in parts])
 
-    def loss(x: Any, labels: Any, heard: Any) -> Any:
+    def loss(x: Any, labels: Any, heard: Any, taught: Any) -> Any:
         import tensorflow as tf
 
-        activations, answers = teacher.say(x)
+        activations, answers = taught
         said = network.forward(x, heard, training=True)
         features = tf.concat(said.features, axis=-1)
         return nonn_loss(

@@ -173,11 +173,12 @@ def teach(room: Classroom, data: DataSet, options: NonnOptions, progress: Progre
     about = f"nonn {options.loss} {room.parts}"
     return train(
         room.network.models,
-        student_loss(room.network, room.teacher, room.parts, options.loss),
+        student_loss(room.network, room.parts, options.loss),
         data.train,
         data.inputs,
         options.training,
         parts=len(room.network.branches),
+        teacher=room.teacher.say,
         score=room.network.logits,
         validation=data.held_out,
         checkpoint=None if options.cache is None else Checkpoint(options.cache / "nonn", about),
