@@ -132,25 +132,17 @@ FIGURES = {
 """By group: where its figures go, and what draws them from the results."""
 
 README = ROOT / "README.md"
+IN_THE_README = (
+    *("snn", "ddnn", "lcp", "nonn", "zoo_exports", "edgent", "speedups", "codegen", "firmware"),
+    *("codegen_binary", "latency", "measured_speedups", "planner", "planned_fleets", "runtime"),
+)
+"""Tables, in their order."""
 BEGIN, END = "<!-- results: drawn by `make bench` -->", "<!-- end of results -->"
 
 
 def with_results(readme: str) -> str:
     """The README with all at a glance and the tables of results/*.md, shortened and folded."""
-    names = (
-        "snn",
-        "ddnn",
-        "lcp",
-        "nonn",
-        "zoo_exports",
-        "edgent",
-        "speedups",
-        "codegen",
-        "firmware",
-    )
-    names += ("codegen_binary", "latency", "measured_speedups", "planner")
-    names += ("planned_fleets", "runtime")
-    tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in names]
+    tables = [brief(name, (RESULTS / f"{name}.md").read_text().strip()) for name in IN_THE_README]
     body = "\n\n".join([glance(), *map(folded, tables)])
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)

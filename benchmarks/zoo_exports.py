@@ -29,7 +29,7 @@ CLASSES = 10
 FRAMES = {"train": 200, "val": 20, "test": 20}
 METHODS = {
     "lcp": (8, ("--fatten", "40")),
-    "nonn": (2, ("--ratio", "10", "--students", "auto")),
+    "nonn": (2, ("--ratio", "10")),
 }
 """Devices, and options."""
 
@@ -106,14 +106,14 @@ def exported(name: str, method: str, home: Path) -> dict[str, Any]:
 
     devices, options = METHODS[method]
     model, data, bundle = home / f"{name}.keras", home / f"{name}.npz", home / f"{name}-{method}"
+    shoal = Path(sys.executable).with_name("shoal")
     line = [
-        *("shoal", "export", str(model), "--data", str(data), "--method", method, *options),
-        *("--fleet", str(fleet_file(devices, home)), "--epochs", "1", "--batch", "8"),
-        *("--allow-drift", "--cache", str(home / "cache"), "-o", str(bundle), "--json"),
+        *(shoal, "export", model, "--data", data, "--method", method, *options),
+        *("--fleet", fleet_file(devices, home), "--epochs", "1", "--batch", "8"),
+        *("--allow-drift", "--cache", home / "cache", "--out", bundle, "--json"),
     ]
     began = time.monotonic()
-    ran = subprocess.run([str(Path(sys.executable).with_name(line[0])), *line[1:]], text=True,
-                         capture_output=True)  # fmt: skip
+    ran = subprocess.run(line, text=True, capture_output=True)
     seconds = time.monotonic() - began
     if ran.returncode:
         return {"exit": ran.returncode, "error": ran.stderr[-2000:], "seconds": seconds}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 
-keras = pytest.importorskip("keras")
-
-from exporter.inference import MEMORY_BYTES, at_once, run_model, run_outputs, share_right  # noqa: E402
+from exporter.inference import MEMORY_BYTES, at_once, run_model, run_outputs, share_right
 
 
 def network(side: int) -> keras.Model:

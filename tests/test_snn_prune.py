@@ -24,7 +24,7 @@ from exporter.methods.snn.influence import (
     mean_divergence,
     membership,
 )
-from exporter.methods.snn.masked import MaskedModel
+from exporter.methods.snn.masked import BATCH, MaskedModel
 from exporter.methods.snn.profile import BaseProfile, make_profile
 from exporter.methods.snn.prune import (
     Criterion,
@@ -37,6 +37,7 @@ from exporter.methods.snn.prune import (
     prune,
     pruned_logits,
 )
+from exporter.methods.snn.rates import firing_rates
 from exporter.surgery import remove_channels
 from tests import small_networks as nets
 
@@ -126,6 +127,27 @@ def test_masks_reach_every_kind_of_wiring():
         held = masked.evaluate(frames, keep, stop=cut)
         again = masked.evaluate(held, keep, start=cut)
         np.testing.assert_allclose(again, expected, rtol=1e-4, atol=FLOAT_ERROR)
+
+
+def test_large_frames_go_through_a_few_at_a_time_with_the_same_result():
+    assert MaskedModel(nets.randomise(nets.option_a_resnet())).batch == BATCH
+    image = keras.Input((512, 512, 3), name="image")
+    maps = layers.Conv2D(8, 3, activation="relu", name="maps")(image)
+    pooled = layers.GlobalAveragePooling2D(name="pooled")(maps)
+    large = MaskedModel(keras.Model(image, layers.Dense(2, name="logits")(pooled)))
+    assert 1 <= large.batch < 60  # of 9 MB each, half a GB
+
+    model = nets.randomise(nets.option_a_resnet())
+    few, many = MaskedModel(model), MaskedModel(model)
+    few.batch = 3
+    frames, groups = nets.frames(model, 40), [g.name for g in many.channels.groups[:2]]
+    labels = np.arange(40) % many.channels.graph.layer(many.channels.graph.outputs[0]).channels
+    one, other = (firing_rates(masked, frames, labels, groups) for masked in (few, many))
+    for group in groups:
+        for found in ("firing", "energy", "contribution"):
+            np.testing.assert_allclose(
+                getattr(one, found)[group], getattr(other, found)[group], rtol=1e-4, atol=1e-5
+            )
 
 
 def class_drops(profile: BaseProfile, pruned: PrunedSnn) -> np.ndarray:

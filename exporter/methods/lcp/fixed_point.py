@@ -82,13 +82,13 @@ class FixedPoint:
         calls: Its layers.
         graph: The same without Keras.
         kernels: Rounded weights by layer: kernel and bias, batch norm folded in.
-        at_once: How many inputs are run at a time.
+        batch: How many inputs are run at a time.
     """
 
     calls: Trace
     graph: LayerGraph
     kernels: dict[str, list[Floats]]
-    at_once: int
+    batch: int
 
     @classmethod
     def of(cls, model: keras.Model, *, kernels: float = 1.0, biases: float = 1.0) -> FixedPoint:
@@ -148,7 +148,7 @@ class FixedPoint:
         return np.concatenate([self._values(x, fixed)[last] for x in self._some(inputs)])
 
     def _some(self, inputs: Floats) -> Iterator[Floats]:
-        return (inputs[i : i + self.at_once] for i in range(0, len(inputs), self.at_once))
+        return (inputs[i : i + self.batch] for i in range(0, len(inputs), self.batch))
 
     def _values(self, inputs: Floats, stored: Callable[[Any], Floats]) -> dict[str, Floats]:
         """What every layer gives, as it is stored."""

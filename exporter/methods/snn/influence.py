@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .masked import BATCH, Floats, MaskedModel
+from .masked import Floats, MaskedModel
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -159,8 +159,6 @@ class InfluenceModel:
         members: Floats,
         temperatures: Sequence[float],
         rng: np.random.Generator,
-        *,
-        batch: int = BATCH,
     ) -> Influence:
         """Estimate around given masks.
 
@@ -172,15 +170,14 @@ class InfluenceModel:
             members: (K, C) float32 of `membership`.
             temperatures: Each divides all logits; the damage is the mean over them.
             rng: Draws the signs.
-            batch: Inputs at a time.
         """
         divisors = np.asarray(temperatures, np.float32)
         target = log_outcomes(_tempered(logits, divisors), members).numpy()
         weights = weights / len(divisors)
         units = self._masked.channels.total
         damage, slope, curvature = 0.0, np.zeros(units), np.zeros((units, units))
-        for i in range(0, len(features), batch):
-            part = slice(i, i + batch)
+        for i in range(0, len(features), self._masked.batch):
+            part = slice(i, i + self._masked.batch)
             signs = rng.choice(np.array([-1, 1], np.float32), size=target[part].shape)
             d, s, c = self._step(
                 features[part],

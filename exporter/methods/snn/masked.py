@@ -17,12 +17,14 @@ from agent.protocol.errors import DataError
 
 from ...channels import ChannelMap, Keep, channel_map
 from ...graph import Flow, graph_of_trace, trace
+from ...inference import at_once
 
 if TYPE_CHECKING:
     import keras
 
 Floats = NDArray[np.float32]
 BATCH = 250
+"""Inputs that are run at a time, at most."""
 
 
 class MaskedModel:
@@ -33,6 +35,7 @@ class MaskedModel:
         channels: Where its units sit.
         cuts: Indices of the layer calls through which everything after them flows: computation
             can start from the output of any of them. Cut 0 is the input itself.
+        batch: How many inputs are run at a time; large frames are fewer.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -59,6 +62,7 @@ class MaskedModel:
                 offset = self.channels.offsets[group.name]
                 self._prunable[offset : offset + group.size] = True
         self.cuts = tuple(self._find_cuts())
+        self.batch = min(BATCH, at_once(model))
         self._functions: dict[tuple[int, int], Callable[..., Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,7 +150,6 @@ class MaskedModel:
         *,
         start: int = 0,
         stop: int | None = None,
-        batch: int = BATCH,
     ) -> Floats:
         """The output of call `stop` (None = logits) for the outputs of call `start`, masks applied.
 
@@ -155,7 +158,6 @@ class MaskedModel:
             keep: Masks by unit group.
             start: A cut.
             stop: A cut, or None.
-            batch: Inputs at a time; bounds the memory.
 
         Returns:
             (N, ...) float32.
@@ -164,9 +166,8 @@ class MaskedModel:
             return values
         function = self._function(start, self._end if stop is None else stop)
         stays = self.stays(keep)
-        return np.concatenate(
-            [function(values[i : i + batch], stays).numpy() for i in range(0, len(values), batch)]
-        )
+        starts = range(0, len(values), self.batch)
+        return np.concatenate([function(values[i : i + self.batch], stays).numpy() for i in starts])
 
     def _function(self, start: int, stop: int) -> Callable[..., Any]:
         import tensorflow as tf

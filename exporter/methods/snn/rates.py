@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from agent.protocol.errors import DataError
 
-from .masked import BATCH, Floats, MaskedModel
+from .masked import Floats, MaskedModel
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ def firing_rates(
     *,
     start: int = 0,
     any_position: bool = False,
-    batch: int = BATCH,
 ) -> Rates:
     """Measure the statistics of the unpruned network in one pass over the inputs.
 
@@ -54,7 +53,6 @@ def firing_rates(
         groups: Unit groups whose activation lies at or after `start`.
         start: A cut.
         any_position: Which definition of firing.
-        batch: Inputs at a time; what is held beside is (units, C).
 
     Raises:
         DataError: a class of the network has no input.
@@ -94,8 +92,9 @@ def firing_rates(
     traced = tf.function(measure, reduce_retracing=True)
     sums = {group: np.zeros((2, channels.group(group).size, classes)) for group in groups}
     contributions = np.zeros((total, classes))
-    for i in range(0, len(values), batch):
-        firing, energy, contribution = traced(values[i : i + batch], labels[i : i + batch])
+    for i in range(0, len(values), masked.batch):
+        some = slice(i, i + masked.batch)
+        firing, energy, contribution = traced(values[some], labels[some])
         contributions += contribution.numpy()
         for group, f, e in zip(sites, firing, energy, strict=True):
             sums[group] += np.stack([f.numpy(), e.numpy()])
