@@ -400,7 +400,7 @@ class Recipe:
 AT_LENGTH = {
     "epochs": 200, "optimizer": "sgd", "rate": 0.1, "decay": 5e-4, "crop_pixels": 4, "flip": True
 }  # fmt: skip
-TOLERANT, ALONE = "two students, student dropout 0.2", "one student alone, distilled"
+TOLERANT, ALONE = "two students, student dropout 0.4", "one student alone, distilled"
 RECIPES = {
     "digits": Recipe(digits, 20, 10, {"epochs": 40, "batch": 64, "rate": 5e-3}),
     "resnet56_cifar10_brief": Recipe(
@@ -411,8 +411,8 @@ RECIPES = {
 }
 VARIANTS = {
     "two students": (2, 100.0, 0.0, 1),
-    TOLERANT: (2, 100.0, 0.2, 1),
-    "two students, student dropout 0.4": (2, 100.0, 0.4, 1),
+    "two students, student dropout 0.2": (2, 100.0, 0.2, 1),
+    TOLERANT: (2, 100.0, 0.4, 1),
     "two students, larger (ratio 10 for 20), student dropout 0.4": (2, 100.0, 0.4, 2),
     "two students, the paper's loss": (2, 1e4, 0.0, 1),
     ALONE: (1, 0.0, 0.0, 1),

@@ -14,7 +14,8 @@ import tensorflow as tf
 from agent.fuse import fuse_tensors
 from agent.protocol.errors import DataError
 from agent.protocol.plan import Fusion
-from exporter.methods.branches import Branch, BranchNetwork, merged, pruned
+from exporter.methods.branches import Branch, BranchNetwork, mean_loss, merged, pruned
+from exporter.methods.branches.losses import without
 from exporter.training import cross_entropy
 
 
@@ -59,10 +60,10 @@ def test_training_sees_a_lost_branch_as_the_fleet_does(merge, widths) -> None:
     x = np.random.default_rng(0).normal(size=(9, 6, 6, 1)).astype(np.float32)
     heard = np.tile(np.array([[1, 0, 1]], np.float32), (9, 1))
 
-    said = net.forward(tf.constant(x), tf.constant(heard), training=False)
+    logits = net.answer(net.say(tf.constant(x), training=False), heard, training=False)
 
     offline = net.finish(net.features(x), [True, False, True])
-    np.testing.assert_allclose(np.asarray(said.logits), offline, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(logits), offline, atol=1e-5)
     assert not np.allclose(offline, net.logits(x))
 
 
@@ -74,11 +75,44 @@ def test_loss_reaches_every_branch_that_is_heard() -> None:
     kernels = [b.model.trainable_variables[0].value for b in net.branches]
 
     with tf.GradientTape() as tape:
-        said = net.forward(x, tf.constant(heard), training=True)
-        value = cross_entropy(said.logits, tf.zeros(9, tf.int64))
+        logits = net.answer(net.say(x, training=True), tf.constant(heard), training=True)
+        value = cross_entropy(logits, tf.zeros(9, tf.int64))
     gradients = tape.gradient(value, kernels)
 
     assert [bool(np.any(g)) for g in gradients] == [True, False, True]
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.3])
+@pytest.mark.parametrize(("merge", "widths"), CASES)
+def test_loss_goes_over_everybody_and_over_each_branch_lost(merge, widths, chance) -> None:
+    net = network(merge, widths)
+    x = np.random.default_rng(0).normal(size=(9, 6, 6, 1)).astype(np.float32)
+    features = net.say(tf.constant(x), training=False)
+    nobody_else = np.ones((9, 3), np.float32)
+
+    got = mean_loss(net, features, tf.constant(nobody_else), chance, tf.reduce_mean)
+
+    def of(*heard: bool) -> float:
+        return float(net.finish(net.features(x), heard or None).mean())
+
+    singles = [of(*(i != gone for i in range(3))) for gone in range(3)]
+    everybody = (1 - chance) ** 3
+    assert float(got) == pytest.approx(
+        everybody * of() + (1 - everybody) * np.mean(singles), abs=1e-5
+    )
+
+
+def test_every_sample_is_without_a_branch_and_never_without_all() -> None:
+    heard = np.random.default_rng(0).integers(0, 2, (40, 3)).astype(np.float32)
+    for turn in range(3):
+        left = without(tf.constant(heard), turn).numpy()
+        gone = (np.arange(40) + turn) % 3
+        assert not left[np.arange(40), gone].any()
+        assert left.any(axis=1).all()
+        drawn = heard.copy()
+        drawn[np.arange(40), gone] = 0
+        kept = drawn.any(axis=1)
+        assert np.array_equal(left[kept], drawn[kept])
 
 
 def test_branches_that_do_not_fit_are_refused_all_at_once() -> None:

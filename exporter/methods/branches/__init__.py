@@ -8,7 +8,7 @@ features -> logits):
     frame -> branch K -> features --+
 
 - `sum`: all features have one shape; who is lost adds nothing. `concat`: along the last axis, zeros
-  for who is lost. Training (`forward(x, heard)`), the offline table (`merged`) and the runtime
+  for who is lost. Training (`BranchNetwork.answer`), the offline table (`merged`) and the runtime
   (`agent.fuse.fuse_tensors`) do the same.
 - Each branch runs on a device of tier 0, the head on the aggregator. Features travel as the int8 of
   the branch's .tflite, whose scale the manifest has, or as float32 (`--float`). The head is a piece
@@ -23,8 +23,11 @@ How a method uses it:
    of the method's own:
 
        def loss(x, labels, heard, taught):
-           said = network.forward(x, heard, training=True)
-           return cross_entropy(said.logits, labels) + ...   # said.features: one tensor a branch
+           features = network.say(x, training=True)
+           return mean_loss(
+               network, features, heard, options.part_dropout,
+               lambda logits: cross_entropy(logits, labels) + ...,
+           )
 
    `pruned(network, 0.4, inputs)` takes channels out of trained branches; train them on after it.
 3. `Method.design` returns `Design(pieces=network.pieces(data, fleet), facts=network, ...)`.
@@ -35,15 +38,16 @@ How a method uses it:
 
 from __future__ import annotations
 
-from .network import Branch, BranchNetwork, Said, feature_message_bytes, merged
+from .losses import mean_loss
+from .network import Branch, BranchNetwork, feature_message_bytes, merged
 from .prune import pruned
 from .settle import settle
 
 __all__ = [
     "Branch",
     "BranchNetwork",
-    "Said",
     "feature_message_bytes",
+    "mean_loss",
     "merged",
     "pruned",
     "settle",

@@ -51,21 +51,6 @@ class Branch:
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
-    """What a network says about a batch, as tensors.
-
-    Attributes:
-        features: Of each branch, as it gives them, whether heard or not.
-        merged: What the head was fed.
-        logits: (N, C).
-    """
-
-    features: tuple[Any, ...]
-    merged: Any
-    logits: Any
-
-
-@dataclass(frozen=True, eq=False)
 class BranchNetwork:
     """Branches in parallel and their head.
 
@@ -112,23 +97,34 @@ class BranchNetwork:
         """Elements of all Keras weights."""
         return sum(int(model.count_params()) for model in self.models)
 
-    def forward(self, x: Any, heard: Any, *, training: bool) -> Said:
-        """What the whole network says, inside a TF function.
+    def say(self, x: Any, *, training: bool) -> tuple[Any, ...]:
+        """Features (N, ...) of each branch, as tensors, inside a TF function.
 
         Args:
             x: (N, ...) float32 tensor.
-            heard: (N, K) float32 tensor of 0 and 1: whose features reach the head.
             training: Whether dropout is on and batch norm learns.
+        """
+        return tuple(branch.model(x, training=training) for branch in self.branches)
+
+    def answer(self, features: Sequence[Any], heard: Any, *, training: bool) -> Any:
+        """Logits (N, C) of features of every branch, as tensors, inside a TF function.
+
+        Args:
+            features: As `say` gives them.
+            heard: (N, K) float32 tensor of 0 and 1: whose features reach the head; None: all.
+            training: As for `say`.
         """
         import tensorflow as tf
 
-        features = tuple(b.model(x, training=training) for b in self.branches)
-        kept = []
-        for i, value in enumerate(features):
-            mask = tf.reshape(heard[:, i], [-1, *[1] * (len(value.shape) - 1)])
-            kept.append(value * mask)
-        together = tf.add_n(kept) if self.merge is Fusion.SUM else tf.concat(kept, axis=-1)
-        return Said(features, together, self.head(together, training=training))
+        if heard is not None:
+            columns = tf.unstack(heard, axis=1)
+            features = [
+                value * tf.reshape(mask, [-1, *[1] * (len(value.shape) - 1)])
+                for value, mask in zip(features, columns, strict=True)
+            ]
+        summed = self.merge is Fusion.SUM
+        together = tf.add_n(features) if summed else tf.concat(features, axis=-1)
+        return self.head(together, training=training)
 
     def features(self, x: Floats) -> list[Floats]:
         """Of each branch, (N, ...) float32, for model inputs (N, ...) in inference."""

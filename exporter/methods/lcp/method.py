@@ -29,7 +29,7 @@ from exporter.training import (
     train,
 )
 
-from ..branches import Branch, BranchNetwork, pruned, settle
+from ..branches import Branch, BranchNetwork, mean_loss, pruned, settle
 from ..branches.network import spread
 from ..face import Design, Progress, RunPiece, Settled
 from .capacity import Fit, procedure_1, unfit
@@ -207,14 +207,17 @@ def loss_of(network: BranchNetwork, options: LcpOptions) -> Loss:
     A share `teach` of it is the divergence (Hinton et al. 2015).
     """
     share, temperature = options.teach, options.temperature
-    smoothing = options.training.smoothing
+    how = options.training
 
     def loss(x: Any, labels: Any, heard: Any, taught: Any) -> Any:
-        said = network.forward(x, heard, training=True)
-        total = (1 - share) * cross_entropy(said.logits, labels, smoothing)
-        for scores in taught:
-            total += share * temperature**2 * divergence(scores, said.logits, temperature)
-        return total
+        def of(logits: Any) -> Any:
+            total = (1 - share) * cross_entropy(logits, labels, how.smoothing)
+            for scores in taught:
+                total += share * temperature**2 * divergence(scores, logits, temperature)
+            return total
+
+        features = network.say(x, training=True)
+        return mean_loss(network, features, heard, how.part_dropout, of)
 
     return loss
 

@@ -18,7 +18,7 @@ import numpy as np
 from agent.protocol.errors import DataError
 from exporter.training import Loss, cross_entropy, divergence
 
-from ..branches import BranchNetwork
+from ..branches import BranchNetwork, mean_loss
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def student_loss(
     network: BranchNetwork,
     parts: Sequence[Sequence[int]],
     options: LossOptions,
+    dropout: float,
 ) -> Loss:
     """The loss of all students together, taught by `Teacher.say`.
 
@@ -72,6 +73,7 @@ def student_loss(
         network: Students in the order of `parts`, and the head.
         parts: The teacher's filters that each student learns.
         options: Weights.
+        dropout: Chance that a student is not heard.
     """
     order = np.concatenate([np.asarray(part, np.int32) for part in parts])
 
@@ -79,11 +81,14 @@ def student_loss(
         import tensorflow as tf
 
         activations, answers = taught
-        said = network.forward(x, heard, training=True)
-        features = tf.concat(said.features, axis=-1)
-        return nonn_loss(
-            said.logits, answers, features, tf.gather(activations, order, axis=1), labels, options
-        )
+        known = tf.gather(activations, order, axis=1)
+        features = network.say(x, training=True)
+        together = tf.concat(features, axis=-1)
+
+        def of(logits: Any) -> Any:
+            return nonn_loss(logits, answers, together, known, labels, options)
+
+        return mean_loss(network, features, heard, dropout, of)
 
     return loss
 

@@ -173,7 +173,7 @@ def teach(room: Classroom, data: DataSet, options: NonnOptions, progress: Progre
     about = f"nonn {options.loss} {room.parts}"
     return train(
         room.network.models,
-        student_loss(room.network, room.parts, options.loss),
+        student_loss(room.network, room.parts, options.loss, options.training.part_dropout),
         data.train,
         data.inputs,
         options.training,
