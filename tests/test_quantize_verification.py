@@ -104,6 +104,31 @@ def test_int8_is_near_the_float_model_and_the_loss_is_reported(
     assert row.argmax_agreement >= 0.98
 
 
+@pytest.mark.parametrize("runtime", [REFERENCE, "litert", "litert-optimized"])
+def test_samples_are_shared_out_among_processors_and_stay_in_order(
+    int8: bytes, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = digits()[0][:301]
+    threads: set[int] = set()
+    alone = verification._invoked
+
+    def watched(interpreter: Any, stored: np.ndarray) -> Any:
+        threads.add(id(interpreter))
+        return alone(interpreter, stored)
+
+    monkeypatch.setattr(verification, "_invoked", watched)
+    told = []
+    for processors in ("1", "3", "64"):
+        monkeypatch.setenv("OMP_NUM_THREADS", processors)
+        threads.clear()
+        told.append(infer(int8, frames, runtime))
+        assert len(threads) == min(int(processors), 301 // verification.THREAD_SAMPLES)
+    for name, values in told[0].items():
+        assert len(values) == 301
+        np.testing.assert_array_equal(told[1][name], values)
+        np.testing.assert_array_equal(told[2][name], values)
+
+
 def test_relu6_that_stands_alone_is_refused_for_microcontrollers_naming_the_layer() -> None:
     frames = 4 * digits()[0][:200]
     tflite = convert(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -25,6 +27,10 @@ FLOAT_LSB = 1e-5
 MAXIMUM_SQNR_LOSS_DB = 1.0
 MAXIMUM_ARGMAX_LOSS = 0.02
 MINIMUM_SQNR_DB = 10.0
+THREAD_SAMPLES = 32
+"""Samples that a thread is worth, at least."""
+COPIES_BYTES = 1 << 29
+"""Of a piece's weights, one copy a thread."""
 _SHOWN_SAMPLES = 5
 
 
@@ -388,6 +394,20 @@ def _runners() -> dict[str, Callable[[bytes, NDArray[Any]], list[NDArray[Any]]]]
 
 
 def _run_litert(resolver: Any, tflite: bytes, stored: NDArray[Any]) -> list[NDArray[Any]]:
+    threads = _threads(len(tflite), len(stored))
+    interpreters = [_interpreter(resolver, tflite) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:  # LiteRT lets go of Python's lock while it works
+        told = list(pool.map(_invoked, interpreters, np.array_split(stored, threads)))
+    return [np.concatenate(parts) for parts in zip(*told, strict=True)]
+
+
+def _threads(piece_bytes: int, samples: int) -> int:
+    """As many as there are processors, or OMP_NUM_THREADS; large pieces have fewer."""
+    cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    return max(1, min(cores, samples // THREAD_SAMPLES, COPIES_BYTES // max(piece_bytes, 1)))
+
+
+def _interpreter(resolver: Any, tflite: bytes) -> Any:
     from ai_edge_litert.interpreter import Interpreter
 
     with captured_native_stderr():
@@ -400,6 +420,11 @@ def _run_litert(resolver: Any, tflite: bytes, stored: NDArray[Any]) -> list[NDAr
             raise UnsupportedLayer(
                 f"LiteRT refuses the piece: {error}", "replace the layer that it names"
             ) from error
+    return interpreter
+
+
+def _invoked(interpreter: Any, stored: NDArray[Any]) -> list[NDArray[Any]]:
+    """Each output (N, ...) of samples (N, ...)."""
     source = interpreter.get_input_details()[0]["index"]
     indices = [detail["index"] for detail in interpreter.get_output_details()]
     outputs: list[list[NDArray[Any]]] = [[] for _ in indices]
