@@ -191,7 +191,7 @@ def train(
         score: Logits in inference, for validation.
         validation: What accuracy is measured on after each epoch; never test data.
         checkpoint: Where to keep the run; None: nowhere.
-        progress: Told (`what`, epochs done, epochs).
+        progress: Told (`what`, epochs done, epochs), before that ("ask the teacher", samples).
         what: What is trained, for `progress`.
 
     Raises:
@@ -205,7 +205,9 @@ def train(
     if store is not None:
         log = store.load()
     saved_s = time.monotonic()
-    while len(log) < options.epochs and not _exhausted(log, options):
+    if not _done(log, options):
+        run.ask_once(progress)
+    while not _done(log, options):
         progress(what, len(log), options.epochs)
         epoch = len(log) + 1
         mean = run.epoch(epoch)
@@ -215,8 +217,7 @@ def train(
         log.append(Epoch(epoch, mean, accuracy))
         if options.keep == "best" and _best(log) == epoch:
             run.remember()
-        last = epoch == options.epochs or _exhausted(log, options)
-        if store is not None and (last or time.monotonic() - saved_s > SAVE_EVERY_S):
+        if store is not None and (_done(log, options) or time.monotonic() - saved_s > SAVE_EVERY_S):
             store.save(log)
             saved_s = time.monotonic()
     progress(what, options.epochs, options.epochs)
@@ -259,10 +260,11 @@ def _best(log: Sequence[Epoch]) -> int:
     return log[accuracies.index(max(accuracies))].epoch
 
 
-def _exhausted(log: Sequence[Epoch], options: TrainOptions) -> bool:
-    if options.patience is None or not log:
-        return False
-    return len(log) - _best(log) >= options.patience
+def _done(log: Sequence[Epoch], options: TrainOptions) -> bool:
+    """All epochs, or patience is at its end."""
+    patience = options.epochs if options.patience is None else options.patience
+    waited = len(log) - _best(log) if log else 0
+    return len(log) >= options.epochs or waited >= patience
 
 
 @dataclass(eq=False)
@@ -293,7 +295,7 @@ class _Run:
         self.optimizer.build(self.trained)
         self.step = self._traced()
         self.ask = tf.function(self.teacher or (lambda x: ()), reduce_retracing=True)
-        self.answers: list[Floats] | None = None
+        self.answers: list[Floats] = []
 
     @property
     def state(self) -> list[Any]:
@@ -318,22 +320,28 @@ class _Run:
             total += float(self.step(x, self.samples.labels[index], heard, taught))
         return total / steps
 
-    def _taught(self, x: Floats, index: NDArray[np.intp]) -> list[Any]:
-        """What the teacher says of a batch: remembered if it is the same in every epoch."""
-        if self.teacher is None or self.options.crop_pixels or self.options.flip:
-            return list(self.ask(x))
-        if self.answers is None:
-            self.answers = self._all_answers(list(self.ask(x)))
-        return [answer[index] for answer in self.answers] or list(self.ask(x))
+    def ask_once(self, progress: Progress) -> None:
+        """Remember what the teacher says of every sample, if that stays the same and is not much.
 
-    def _all_answers(self, some: Sequence[Any]) -> list[Floats]:
-        """Of every sample; none if that is too much to remember."""
-        count, size = len(self.samples), self.options.batch
-        if count * sum(math.prod(answer.shape[1:]) for answer in some) * 4 > ANSWERS_BYTES:
-            return []
-        batches = [self.samples.frames[i : i + size] for i in range(0, count, size)]
-        told = [[np.asarray(part) for part in self.ask(self.inputs(batch))] for batch in batches]
-        return [np.concatenate(parts) for parts in zip(*told, strict=True)]
+        Args:
+            progress: Told how many samples it was asked about.
+        """
+        o, count = self.options, len(self.samples)
+        if self.teacher is None or o.crop_pixels or o.flip:
+            return
+        told: list[list[Floats]] = []
+        for start in range(0, count, o.batch):
+            progress("ask the teacher", start, count)
+            x = self.inputs(self.samples.frames[start : start + o.batch])
+            told.append([np.asarray(part) for part in self.ask(x)])
+            if sum(part.nbytes for part in told[0]) * count > ANSWERS_BYTES * len(x):
+                return
+        progress("ask the teacher", count, count)
+        self.answers = [np.concatenate(parts) for parts in zip(*told, strict=True)]
+
+    def _taught(self, x: Floats, index: NDArray[np.intp]) -> list[Any]:
+        """What the teacher says of a batch."""
+        return [answer[index] for answer in self.answers] or list(self.ask(x))
 
     def remember(self) -> None:
         self.best = [_value(v) for model in self.models for v in model.variables]

@@ -252,7 +252,7 @@ def test_refuses_what_cannot_be_trained() -> None:
 
 @pytest.mark.parametrize(
     ("crop_pixels", "most_bytes", "questions"),
-    [(0, 1 << 20, 32 + 200), (0, 0, 32 + 3 * 192), (1, 1 << 20, 3 * 192)],
+    [(0, 1 << 20, 200), (0, 0, 32 + 3 * 192), (1, 1 << 20, 3 * 192)],
     ids=["unchanged frames", "too much to remember", "augmented frames"],
 )
 def test_teacher_speaks_of_the_batch_and_is_asked_again_only_if_needed(
