@@ -161,7 +161,7 @@ CASES = {
     "cifarnet/8-f40-p40": Case(
         CIFARNET, "cifar10", 8, 40, teach=0.5, prune=40, paper="unpruned - 0.1"
     ),
-    "cifarnet/8-f40-tolerant": Case(CIFARNET, "cifar10", 8, 40, teach=0.5, dropout=0.3),
+    "cifarnet/8-f40-tolerant": Case(CIFARNET, "cifar10", 8, 40, teach=0.5, dropout=0.1),
     "wrn-10-4/1": Case(4, "cifar10", 1),
     "wrn-10-4/8-f40": Case(4, "cifar10", 8, 40, teach=0.5, paper="base - 3.3 (ResNet-50)"),
     "wrn-10-4/8-f40-longer": Case(4, "cifar10", 8, 40, teach=0.5, epochs=24, views=4),
