@@ -65,7 +65,8 @@ class TrainOptions:
         flip: Images are mirrored left to right half the time.
         smoothing: Share of the label that is spread over all classes; for losses that read it.
         part_dropout: Chance that a part is not heard for a sample, so that losing one is nothing
-            new; one part always stays. 0: all are heard.
+            new; one part always stays. 0: all are heard. None: so are they, unless the method has
+            a chance of its own.
         keep: Which weights stay: those of the last epoch, or of the best on validation data.
         patience: Stop after so many epochs without a better validation accuracy; None: never.
         seed: Of order, augmentation and dropout; weights are drawn where models are built.
@@ -85,7 +86,7 @@ class TrainOptions:
     crop_pixels: int = 0
     flip: bool = False
     smoothing: float = 0.0
-    part_dropout: float = 0.0
+    part_dropout: float | None = None
     keep: Literal["last", "best"] = "last"
     patience: int | None = None
     seed: int = 0
@@ -108,7 +109,7 @@ class TrainOptions:
             if not value > 0:
                 problems.append(f"{name} must be positive, is {value}")
         for name in ("momentum", "beta_2", "warm_up", "smoothing", "part_dropout"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 problems.append(f"{name} must be in [0, 1), is {getattr(self, name)}")
         if problems:
             raise DataError("\n".join(problems), "correct the training options")
@@ -314,7 +315,7 @@ class _Run:
             share = (number - 1 + done / steps) / o.epochs
             self.optimizer.learning_rate.assign(o.rate * rate_share(share, number, o))
             frames = augmented(self.samples.frames[index], o.crop_pixels, o.flip, rng)
-            heard = drawn(o.batch, self.parts, o.part_dropout, rng)
+            heard = drawn(o.batch, self.parts, o.part_dropout or 0.0, rng)
             x = self.inputs(frames)
             taught = self._taught(x, index)
             total += float(self.step(x, self.samples.labels[index], heard, taught))

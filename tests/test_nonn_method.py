@@ -34,7 +34,7 @@ from exporter.graph import layer_graph
 from exporter.methods.nonn.communities import CommunityOptions
 from exporter.methods.nonn.loss import PAPER_LOSS, LossOptions, nonn_loss
 from exporter.methods.nonn.method import classroom, teach
-from exporter.methods.nonn.options import NonnOptions
+from exporter.methods.nonn.options import NonnOptions, usual_dropout
 from exporter.methods.nonn.students import (
     StudentLimits,
     StudentShape,
@@ -229,7 +229,7 @@ def test_same_seed_gives_the_same_students(school: School) -> None:
 def test_student_dropout_makes_a_loss_cheap(school: School) -> None:
     x, labels = school.data.inputs(school.data.test.frames), school.data.test.labels
 
-    def worst_of_one(chance: float) -> float:
+    def worst_of_one(chance: float | None) -> float:
         options = replace(DENSE, training=replace(DENSE.training, part_dropout=chance))
         room = classroom(school.base, school.data, school.fleet, options)
         teach(room, school.data, options, quiet)
@@ -239,7 +239,14 @@ def test_student_dropout_makes_a_loss_cheap(school: School) -> None:
             for heard in ((True, False), (False, True))
         )
 
-    assert worst_of_one(0.3) > worst_of_one(0.0) + 0.1
+    careless = worst_of_one(0.0)
+    assert worst_of_one(0.3) > careless + 0.1
+    assert worst_of_one(None) > careless + 0.1
+
+
+@pytest.mark.parametrize("students", [1, 2, 6, 40])
+def test_usually_all_are_heard_in_a_third_of_what_counts(students: int) -> None:
+    assert (1 - usual_dropout(students)) ** students == pytest.approx(1 / 3)
 
 
 def test_loss_is_the_formula() -> None:

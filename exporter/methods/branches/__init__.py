@@ -25,7 +25,7 @@ How a method uses it:
        def loss(x, labels, heard, taught):
            features = network.say(x, training=True)
            return mean_loss(
-               network, features, heard, options.part_dropout,
+               network, features, heard, chance,
                lambda logits: cross_entropy(logits, labels) + ...,
            )
 

@@ -217,7 +217,7 @@ def loss_of(network: BranchNetwork, options: LcpOptions) -> Loss:
             return total
 
         features = network.say(x, training=True)
-        return mean_loss(network, features, heard, how.part_dropout, of)
+        return mean_loss(network, features, heard, how.part_dropout or 0.0, of)
 
     return loss
 

@@ -7,7 +7,7 @@ joins them. Settle: as of any branches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from ..branches import Branch, BranchNetwork, settle
 from ..face import Design, Progress, RunPiece, Settled
 from .communities import FilterNetwork, filter_network
 from .loss import student_loss
-from .options import NonnOptions
+from .options import NonnOptions, usual_dropout
 from .partition import Filters, partition
 from .sections import network_section, training_section
 from .students import (
@@ -171,13 +171,16 @@ def teach(room: Classroom, data: DataSet, options: NonnOptions, progress: Progre
         DataError: as `exporter.training.train`.
     """
     about = f"nonn {options.loss} {room.parts}"
+    training, students = options.training, len(room.network.branches)
+    if training.part_dropout is None:
+        training = replace(training, part_dropout=usual_dropout(students))
     return train(
         room.network.models,
-        student_loss(room.network, room.parts, options.loss, options.training.part_dropout),
+        student_loss(room.network, room.parts, options.loss, training.part_dropout or 0.0),
         data.train,
         data.inputs,
-        options.training,
-        parts=len(room.network.branches),
+        training,
+        parts=students,
         teacher=room.teacher.say,
         score=room.network.logits,
         validation=data.held_out,

@@ -12,6 +12,14 @@ from .communities import CommunityOptions
 from .loss import LossOptions
 from .students import Builder
 
+ALL_HEARD = 1 / 3
+"""Share of the loss in which every student is heard, if nothing else is asked for."""
+
+
+def usual_dropout(students: int) -> float:
+    """The chance p that a student is not heard with which all are in a third: (1 - p)^K = 1/3."""
+    return float(1 - ALL_HEARD ** (1 / students))
+
 
 @dataclass(frozen=True)
 class NonnOptions:
@@ -21,7 +29,7 @@ class NonnOptions:
         communities: How the teacher's filters are parted.
         loss: What students are taught.
         training: How; its `part_dropout` is the chance that a student is not heard, so that losing
-            one is nothing new.
+            one is nothing new; None: `usual_dropout`.
         depth: Of WRN students, 6 n + 4.
         builder: Makes other students; None: WRNs, or dense ones where frames are no images.
         ratio: The teacher has at least so many times the parameters of any one student.
@@ -35,9 +43,7 @@ class NonnOptions:
 
     communities: CommunityOptions = field(default_factory=CommunityOptions)
     loss: LossOptions = field(default_factory=LossOptions)
-    training: TrainOptions = field(
-        default_factory=lambda: TrainOptions(epochs=60, rate=2e-3, part_dropout=0.2)
-    )
+    training: TrainOptions = field(default_factory=lambda: TrainOptions(epochs=60, rate=2e-3))
     depth: int = 16
     builder: Builder | None = None
     ratio: float = 10.0
